@@ -1,0 +1,232 @@
+"""Qwen3 through TorchTitan's own model: served by vLLM, trained by autograd.
+
+As a script::
+
+    python examples/custom_models/qwen3_torchtitan.py CHECKPOINT --prompt "Once upon a time"
+
+In code::
+
+    import vllm_graft
+    vllm_graft.register("Qwen3TorchTitan", build_qwen3_torchtitan)
+    llm = LLM(CHECKPOINT, hf_overrides={"architectures": ["Qwen3TorchTitan"]})
+
+Any dense Qwen3 checkpoint in Hugging Face format works. A config field that
+TorchTitan's model cannot honour is refused by name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft import (
+    VLLMModelForCausalLM,
+    load_external_weights,
+    replace_with_trainable_attention,
+)
+
+ARCH = "Qwen3TorchTitan"
+
+NAME_MAPPING = {
+    "model.embed_tokens.weight": "tok_embeddings.weight",
+    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.attention.qkv_linear.wq.weight",
+    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.attention.qkv_linear.wk.weight",
+    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.attention.qkv_linear.wv.weight",
+    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.wo.weight",
+    "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "layers.{}.attention.k_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.w1.weight",
+    "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.w3.weight",
+    "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.w2.weight",
+    "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.ffn_norm.weight",
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+"""Hugging Face names to TorchTitan's. With tied embeddings both vocabulary names
+lead to one tensor, and a checkpoint that has both must hold equal values."""
+
+
+class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
+    """TorchTitan's `Qwen3Model` behind the four methods of the Custom Model API."""
+
+    supports_torch_compile = True
+
+    def __init__(self, vllm_config: Any, parallel_context: Any = None, **kwargs: Any) -> None:
+        super().__init__()
+        config = qwen3_config(vllm_config.hf_config, vllm_config.model_config.max_model_len)
+        self.model: Any = config.build()
+        replace_with_trainable_attention(self.model, use_mla=False)
+
+    def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embed `[T]` or `[B, L]` token ids."""
+        embedded: torch.Tensor = self.model.tok_embeddings(input_ids)
+        return embedded
+
+    def forward(
+        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """Hidden states for `[T]` (one flat batch) or `[B, L]` token ids."""
+        flat = input_ids.dim() == 1
+        tokens_BL = input_ids[None] if flat else input_ids
+        positions_BL = positions[None] if flat and positions is not None else positions
+        h_BLD = self.get_input_embeddings(tokens_BL)
+        for layer in self.model.layers.values():
+            h_BLD = layer(h_BLD, None, positions_BL)
+        h_BLD = self.model.norm(h_BLD)
+        return h_BLD[0] if flat else h_BLD
+
+    def compute_logits(
+        self, hidden_states: torch.Tensor, sampling_metadata: Any = None
+    ) -> torch.Tensor:
+        """Logits `[..., V]` for hidden states `[..., D]`."""
+        logits: torch.Tensor = self.model.lm_head(hidden_states)
+        return logits
+
+    def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> None:
+        """Load a Hugging Face checkpoint."""
+        load_external_weights(
+            model=self.model, weights_iter=weights_iter, name_mapping=NAME_MAPPING
+        )
+
+
+def build_qwen3_torchtitan(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """Factory for vLLM's model registry."""
+    if parallel_context is not None and parallel_context.get_tensor_parallel_world_size() > 1:
+        raise ValueError(
+            f"{ARCH}: tensor_parallel_size="
+            f"{parallel_context.get_tensor_parallel_world_size()} is not supported yet; use 1"
+        )
+    model = Qwen3TorchTitanForCausalLM(vllm_config=vllm_config, parallel_context=parallel_context)
+    return model.to(dtype=vllm_config.model_config.dtype)
+
+
+def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
+    """TorchTitan's `Qwen3Model.Config` for a Hugging Face `Qwen3Config`.
+
+    Args:
+        hf_config: of a dense Qwen3 checkpoint.
+        max_seq_len: rows of the RoPE table, the longest sequence served or trained.
+
+    Raises:
+        ValueError: a field that TorchTitan's model cannot honour.
+    """
+    from torchtitan.models.common import Embedding, Linear
+    from torchtitan.models.common.nn_modules import RMSNorm
+    from torchtitan.models.qwen3.model import Qwen3Model
+
+    refuse_unsupported(hf_config)
+    dim, vocab_size = hf_config.hidden_size, hf_config.vocab_size
+    init = {"weight": partial(nn.init.normal_, std=hf_config.initializer_range)}
+    norm = partial(RMSNorm.Config, eps=hf_config.rms_norm_eps, param_init={"weight": nn.init.ones_})
+    return Qwen3Model.Config(
+        vocab_size=vocab_size,
+        dim=dim,
+        norm=norm(normalized_shape=dim),
+        enable_weight_tying=hf_config.tie_word_embeddings,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=vocab_size, embedding_dim=dim, param_init=init
+        ),
+        lm_head=Linear.Config(in_features=dim, out_features=vocab_size, param_init=init),
+        layers=[
+            _layer_config(hf_config, index, max_seq_len, norm, init)
+            for index in range(hf_config.num_hidden_layers)
+        ],
+    )
+
+
+def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:
+    from torchtitan.models.common import CosSinRoPE
+    from torchtitan.models.common.attention import VarlenAttention
+    from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+    from torchtitan.models.qwen3.model import Qwen3TransformerBlock
+
+    dim, head_dim = hf_config.hidden_size, hf_config.head_dim
+    window = _window(hf_config, index)
+    attention = make_gqa_config(
+        dim=dim,
+        n_heads=hf_config.num_attention_heads,
+        n_kv_heads=hf_config.num_key_value_heads,
+        head_dim=head_dim,
+        wqkv_param_init=init,
+        wo_param_init=init,
+        # TorchTitan counts the keys before the query, Hugging Face the query too.
+        inner_attention=VarlenAttention.Config(window_size=(-1 if window is None else window - 1, 0)),
+        fuse_qkv=False,
+        rope=CosSinRoPE.Config(
+            dim=head_dim, max_seq_len=max_seq_len, theta=hf_config.rope_parameters["rope_theta"]
+        ),
+        qk_norm=norm(normalized_shape=head_dim),
+    )
+    return Qwen3TransformerBlock.Config(
+        attention_norm=norm(normalized_shape=dim),
+        ffn_norm=norm(normalized_shape=dim),
+        attention=attention,
+        feed_forward=make_ffn_config(
+            dim=dim,
+            hidden_dim=hf_config.intermediate_size,
+            w1_param_init=init,
+            w2w3_param_init=init,
+        ),
+    )
+
+
+def _window(hf_config: Any, index: int) -> int | None:
+    sliding = hf_config.layer_types[index] == "sliding_attention"
+    return hf_config.sliding_window if sliding else None
+
+
+def refuse_unsupported(hf_config: Any) -> None:
+    """Raise for config fields that TorchTitan's dense Qwen3 does not implement.
+
+    Raises:
+        ValueError: naming each field, its value and the value that works.
+    """
+    rope_type = hf_config.rope_parameters.get("rope_type", "default")
+    wrong = [
+        f"{name}={value!r} (supported: {supported!r})"
+        for name, value, supported in (
+            ("model_type", hf_config.model_type, "qwen3"),
+            ("attention_bias", hf_config.attention_bias, False),
+            ("hidden_act", hf_config.hidden_act, "silu"),
+            ("rope_parameters.rope_type", rope_type, "default"),
+            ("attention_dropout", hf_config.attention_dropout, 0.0),
+        )
+        if value != supported
+    ]
+    if wrong:
+        raise ValueError(f"TorchTitan's Qwen3 cannot honour {'; '.join(wrong)}")
+
+
+def main() -> None:
+    """Serve a checkpoint in this process and print completions."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("checkpoint", help="folder with config.json, safetensors and tokenizer")
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (default)")
+    arguments = parser.parse_args()
+
+    from vllm import LLM, SamplingParams
+
+    import vllm_graft
+
+    vllm_graft.register(ARCH, build_qwen3_torchtitan)
+    llm = LLM(
+        arguments.checkpoint,
+        hf_overrides={"architectures": [ARCH]},
+        dtype=arguments.dtype,
+        enforce_eager=True,
+    )
+    greedy = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens)
+    for output in llm.generate(arguments.prompt, greedy):
+        print(f"{output.prompt}{output.outputs[0].text}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Graft: any PyTorch causal language model in stock vLLM, still trainable.
+
+Importing this package loads neither torch nor vLLM. Each public name is
+imported from its module on first use; `__all__` is the whole public API.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "VLLMModelForCausalLM": "vllm_graft.model",
+    "CoreAttention": "vllm_graft.attention.core",
+    "TrainableFlashAttention": "vllm_graft.attention.flash",
+    "MLAConfig": "vllm_graft.attention.mla",
+    "TrainableMLA": "vllm_graft.attention.mla",
+    "create_mla_kv_cache_spec": "vllm_graft.attention.mla",
+    "replace_with_trainable_attention": "vllm_graft.attention.replace",
+    "SwapReport": "vllm_graft.attention.replace",
+    "convert_freqs_cis_to_real": "vllm_graft.rope",
+    "store_positions_in_context": "vllm_graft.positions",
+    "packed": "vllm_graft.positions",
+    "load_external_weights": "vllm_graft.weights.load",
+    "LoadReport": "vllm_graft.weights.load",
+    "WeightError": "vllm_graft.weights.load",
+    "ParallelContext": "vllm_graft.parallel",
+    "register": "vllm_graft.serve.registry",
+}
+
+__all__ = [*sorted(_HOME), "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'vllm_graft' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+if TYPE_CHECKING:
+    from vllm_graft.attention.core import CoreAttention as CoreAttention
+    from vllm_graft.attention.flash import TrainableFlashAttention as TrainableFlashAttention
+    from vllm_graft.attention.mla import MLAConfig as MLAConfig
+    from vllm_graft.attention.mla import TrainableMLA as TrainableMLA
+    from vllm_graft.attention.mla import create_mla_kv_cache_spec as create_mla_kv_cache_spec
+    from vllm_graft.attention.replace import SwapReport as SwapReport
+    from vllm_graft.attention.replace import (
+        replace_with_trainable_attention as replace_with_trainable_attention,
+    )
+    from vllm_graft.model import VLLMModelForCausalLM as VLLMModelForCausalLM
+    from vllm_graft.parallel import ParallelContext as ParallelContext
+    from vllm_graft.positions import packed as packed
+    from vllm_graft.positions import store_positions_in_context as store_positions_in_context
+    from vllm_graft.rope import convert_freqs_cis_to_real as convert_freqs_cis_to_real
+    from vllm_graft.serve.registry import register as register
+    from vllm_graft.weights.load import LoadReport as LoadReport
+    from vllm_graft.weights.load import WeightError as WeightError
+    from vllm_graft.weights.load import load_external_weights as load_external_weights

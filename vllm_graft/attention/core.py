@@ -1,0 +1,136 @@
+"""`CoreAttention`: the seam between an external model and vLLM (q, k, v -> out).
+
+Legend: T tokens in the flat batch, B sequences, L length, N query heads,
+K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from vllm_graft.attention.kernels import AttentionSpec, attend, sample_borders
+
+
+class PagedLayer(Protocol):
+    """A vLLM attention layer with its paged KV cache (`serve.kv` makes them)."""
+
+    def active(self) -> bool:
+        """Whether vLLM is running a forward at this moment."""
+
+    def __call__(
+        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
+    ) -> torch.Tensor:
+        """Write k and v to the cache and attend to it; `[T, N, H]`."""
+
+
+class CoreAttention(nn.Module):
+    """Attention after projections and RoPE: serves from vLLM's cache, trains by autograd.
+
+    It has no parameters, so swapping it in changes no name in the state dict.
+    Built inside vLLM's model construction it is bound to one paged layer and
+    uses that while vLLM runs a forward; everywhere else it is an ordinary
+    differentiable module.
+
+    Args:
+        num_heads: query heads N (on this rank).
+        num_kv_heads: key/value heads K; N by default. N must be a multiple of K.
+        head_dim: H, the same for queries, keys and values.
+        scale: softmax scale, `head_dim ** -0.5` by default.
+        sliding_window: keys a query sees, itself included; None for all.
+        dropout: probability on attention weights, in training mode only.
+        causal: whether queries see only keys at or before them.
+
+    Raises:
+        ValueError: head counts that do not divide, or a value out of range.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        head_dim: int = 128,
+        *,
+        scale: float | None = None,
+        sliding_window: int | None = None,
+        dropout: float = 0.0,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
+            raise ValueError(
+                f"num_heads={num_heads} is not a multiple of num_kv_heads={num_kv_heads}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"dropout={dropout} is not in [0, 1)")
+        if sliding_window is not None and sliding_window < 1:
+            raise ValueError(f"sliding_window={sliding_window} must be at least 1")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.dropout = dropout
+        self.spec = AttentionSpec(
+            scale=head_dim**-0.5 if scale is None else scale,
+            causal=causal,
+            sliding_window=sliding_window,
+        )
+        # Not a submodule: the adapter owns the paged layers, the state dict stays the user's.
+        self._paged: PagedLayer | None = None
+
+    def bind(self, layer: PagedLayer) -> None:
+        """Use `layer` whenever vLLM runs a forward."""
+        self._paged = layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (deepcopy, pickle) is a plain trainable module: one cache has one owner.
+        return {**self.__dict__, "_paged": None}
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        cu_seqlens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q: `[T, N, H]` or `[B, L, N, H]`, rotated; k, v: the same with K heads.
+            cu_seqlens: `[S + 1]` borders of the samples in the flattened tokens.
+                By default those of `packed(...)`, else every row of `[B, L]`
+                is one sample, and `[T]` is one.
+
+        Returns:
+            The shape of `q`.
+
+        Raises:
+            ValueError: shapes that disagree with the module's heads, or bad borders.
+        """
+        self._check(q, k, v)
+        flat = [x.flatten(0, 1) if x.dim() == 4 else x for x in (q.to(v.dtype), k.to(v.dtype), v)]
+        if self._paged is not None and self._paged.active():
+            return self._paged(*flat).view(q.shape)
+        borders = sample_borders(q.shape[:-2], cu_seqlens)
+        dropout = self.dropout if self.training else 0.0
+        return attend(*flat, borders, self.spec, dropout).view(q.shape)
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        lead = q.shape[:-2]
+        want_q = (*lead, self.num_heads, self.head_dim)
+        want_kv = (*lead, self.num_kv_heads, self.head_dim)
+        if q.dim() not in (3, 4) or (q.shape, k.shape, v.shape) != (want_q, want_kv, want_kv):
+            raise ValueError(
+                f"CoreAttention(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+                f"head_dim={self.head_dim}) expects q [..., {self.num_heads}, {self.head_dim}] and "
+                f"k, v [..., {self.num_kv_heads}, {self.head_dim}] with [T] or [B, L] in front, "
+                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, scale={self.spec.scale:.6g}, "
+            f"sliding_window={self.spec.sliding_window}, paged={self._paged is not None}"
+        )

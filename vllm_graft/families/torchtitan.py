@@ -1,0 +1,101 @@
+"""TorchTitan 0.3: attention with the seam `inner_attention`.
+
+Imports nothing of TorchTitan at module level. Legend as in `attention.core`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft.attention.core import CoreAttention
+from vllm_graft.positions import current_batch
+
+KIND = "inner_attention"
+
+
+class TitanCoreAttention(CoreAttention):
+    """`CoreAttention` with the call signature of TorchTitan's inner attention."""
+
+    def forward(  # type: ignore[override]
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        *,
+        attention_masks: Any = None,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend; `attention_masks` may be None or TorchTitan's `VarlenMetadata`."""
+        if scale is not None and scale != self.spec.scale:
+            raise ValueError(f"called with scale={scale}, but built with scale={self.spec.scale}")
+        if kwargs.get("out_transform") is not None:
+            raise ValueError("out_transform (attention epilogues) is not supported")
+        return super().forward(q, k, v, cu_seqlens=_borders(attention_masks))
+
+
+def _borders(attention_masks: Any) -> torch.Tensor | None:
+    if attention_masks is None:
+        return None
+    borders: torch.Tensor | None = getattr(attention_masks, "cu_seq_q", None)
+    if borders is None:
+        raise ValueError(
+            f"attention_masks of type {type(attention_masks).__name__} are not supported: pass "
+            "None (every row is one sample), VarlenMetadata, or run inside vllm_graft.packed(...)"
+        )
+    return borders
+
+
+def matches(attention: nn.Module) -> bool:
+    """Whether this is a TorchTitan 0.3 attention block."""
+    return hasattr(attention, "inner_attention") and hasattr(attention, "qkv_linear")
+
+
+def swap(attention: Any) -> tuple[nn.Module | None, CoreAttention, str]:
+    """Take the seam. Returns (block if changed, its CoreAttention, kind)."""
+    if isinstance(attention.inner_attention, CoreAttention):
+        return None, attention.inner_attention, KIND
+    attention.inner_attention = TitanCoreAttention(
+        attention.n_heads,
+        attention.n_kv_heads,
+        attention.head_dim,
+        scale=attention.scaling,
+        sliding_window=_window(attention.inner_attention),
+    )
+    rope = getattr(attention, "rope", None)
+    if rope is not None:
+        rope.register_forward_pre_hook(_fill_positions, with_kwargs=True)
+    return attention, attention.inner_attention, KIND
+
+
+def _window(inner_attention: Any) -> int | None:
+    left, right = getattr(inner_attention, "window_size", (-1, 0))
+    if right != 0:
+        raise ValueError(f"window_size=({left}, {right}) is not causal")
+    # TorchTitan counts the keys before the query, vLLM and Hugging Face the query too.
+    return None if left < 0 else left + 1
+
+
+def _fill_positions(rope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Give RoPE the running batch's positions where the model passes none."""
+    batch = current_batch()
+    query = args[0]
+    given = args[2] if len(args) > 2 else kwargs.get("positions")
+    if batch is None or given is not None:
+        return None
+    positions = batch.positions.view(query.shape[:2])
+    rest = {name: value for name, value in kwargs.items() if name != "positions"}
+    return (*args[:2], positions), rest
+
+
+def rope_tables(model: nn.Module) -> dict[nn.Module, set[str]]:
+    """The cache buffers of TorchTitan's RoPE modules, which a cast would ruin."""
+    return {
+        module: {"cache"}
+        for name, module in model.named_modules()
+        if name.rsplit(".", 1)[-1] == "rope" and "cache" in module._buffers
+    }

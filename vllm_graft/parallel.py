@@ -1,0 +1,64 @@
+"""`ParallelContext`: vLLM's process groups, handed to every factory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.distributed as dist
+
+
+@dataclass
+class ParallelContext:
+    """Sizes and groups of the parallelism vLLM runs this model with."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    data_parallel_size: int = 1
+
+    @classmethod
+    def from_config(cls, parallel_config: Any) -> ParallelContext:
+        """Read the sizes from a `vllm.config.ParallelConfig`."""
+        return cls(
+            tensor_model_parallel_size=parallel_config.tensor_parallel_size,
+            pipeline_model_parallel_size=parallel_config.pipeline_parallel_size,
+            data_parallel_size=parallel_config.data_parallel_size,
+        )
+
+    def get_tensor_parallel_world_size(self) -> int:
+        """Number of tensor-parallel ranks."""
+        return self.tensor_model_parallel_size
+
+    def get_pipeline_parallel_world_size(self) -> int:
+        """Number of pipeline stages."""
+        return self.pipeline_model_parallel_size
+
+    def get_data_parallel_size(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.data_parallel_size
+
+    def get_tensor_parallel_rank(self) -> int:
+        """This process's tensor-parallel rank; 0 before vLLM initialized its groups."""
+        group = self.get_tp_process_group()
+        return 0 if group is None else dist.get_rank(group)
+
+    def get_pipeline_parallel_rank(self) -> int:
+        """This process's pipeline stage; 0 before vLLM initialized its groups."""
+        group = self.get_pp_process_group()
+        return 0 if group is None else dist.get_rank(group)
+
+    def get_tp_process_group(self) -> dist.ProcessGroup | None:
+        """vLLM's tensor-parallel device group, or None before it exists."""
+        return _group("tp")
+
+    def get_pp_process_group(self) -> dist.ProcessGroup | None:
+        """vLLM's pipeline-parallel device group, or None before it exists."""
+        return _group("pp")
+
+
+def _group(axis: str) -> dist.ProcessGroup | None:
+    if not dist.is_available() or not dist.is_initialized():
+        return None
+    from vllm_graft.serve._vllm import process_group
+
+    return process_group(axis)

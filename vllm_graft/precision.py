@@ -1,0 +1,106 @@
+"""Tables that keep their precision when a model is cast, and exact linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+TABLE_NAMES = frozenset(
+    {"freqs_cis", "rope_cache", "expert_bias", "e_score_correction_bias", "inv_freq"}
+)
+"""Buffers that lose their meaning in bf16: RoPE tables and router biases."""
+
+
+def keep_table_precision(model: nn.Module, extra: dict[nn.Module, set[str]]) -> None:
+    """Make RoPE tables and router biases survive a later `.to(dtype)`.
+
+    A cast would drop the imaginary part of a complex table and round a
+    cos|sin one by 2e-3. Protected buffers still follow the model's device.
+
+    Args:
+        model: searched for complex buffers and those in `TABLE_NAMES`.
+        extra: more buffers to protect, by the module that owns them.
+    """
+    for module in model.modules():
+        names = set(extra.get(module, ()))
+        for name, buffer in module._buffers.items():
+            if buffer is not None and (buffer.is_complex() or name in TABLE_NAMES):
+                names.add(name)
+        if names and "_graft_kept" not in module.__dict__:
+            module._graft_kept = names  # type: ignore[assignment]
+            module._apply = MethodType(_apply_keeping, module)  # type: ignore[method-assign]
+
+
+def _apply_keeping(module: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:
+    """`nn.Module._apply` that moves the kept buffers without casting them."""
+    kept: dict[str, Any] = {
+        name: module._buffers.pop(name)
+        for name in module._graft_kept  # type: ignore[union-attr]
+        if module._buffers.get(name) is not None
+    }
+    persistent = set(module._non_persistent_buffers_set)
+    type(module)._apply(module, fn, recurse)
+    device = fn(torch.empty(0)).device
+    for name, table in kept.items():
+        fresh = table.is_meta or device.type == "meta"
+        module._buffers[name] = (
+            torch.empty_like(table, device=device) if fresh else table.to(device)
+        )
+    module._non_persistent_buffers_set = persistent
+    return module
+
+
+@contextmanager
+def parameters_as(dtype: torch.dtype) -> Iterator[None]:
+    """Build a model whose parameters have `dtype` while tables stay float32.
+
+    vLLM builds models with the served dtype as torch's default, in which a
+    table like `1 / theta ** (torch.arange(0, d, 2) / d)` is garbage. Here the
+    default stays float32 and each parameter is cast as it is registered, so
+    that no float32 copy of the whole model ever exists.
+    """
+    before, register = torch.get_default_dtype(), nn.Module.register_parameter
+
+    def register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and param.dtype == torch.float32:
+            param.data = param.data.to(dtype)
+        register(self, name, param)
+
+    torch.set_default_dtype(torch.float32)
+    nn.Module.register_parameter = register_parameter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        torch.set_default_dtype(before)
+
+
+_UNEVEN_ROWS = 12
+"""Below this many rows, a float32 product on CPU depends on the row count (measured)."""
+
+
+def make_linears_exact(model: nn.Module) -> None:
+    """Make each `nn.Linear` give a token the same bits in any batch.
+
+    bf16 products do so by themselves. float32 ones on CPU take another kernel
+    for 1 to 11 rows unless the count is a multiple of 4, so few rows are
+    padded to one. Layers with a forward of their own are left alone.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
+            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
+
+
+def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    rows = x.shape[:-1].numel()
+    uneven = x.dtype == torch.float32 and x.device.type == "cpu" and rows < _UNEVEN_ROWS
+    if torch.compiler.is_compiling() or not uneven or rows % 4 == 0:
+        return F.linear(x, module.weight, module.bias)
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
+    return F.linear(padded, module.weight, module.bias)[:rows].view(*x.shape[:-1], -1)

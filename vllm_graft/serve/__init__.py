@@ -1,0 +1,1 @@
+"""The vLLM side: registration, the adapter and the paged layers."""

@@ -1,0 +1,309 @@
+"""Everything Graft uses of vLLM's internals, and nothing else.
+
+Tested with vLLM 0.29 to 0.32 by `tests/contract`. Each entry says what it
+relies on and when it can go.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+SPLIT_KV_ENV = "VLLM_CPU_ATTN_SPLIT_KV"
+
+
+# --- registration -----------------------------------------------------------
+
+
+def accept_factories(registry: ModuleType, register: Callable[[str, Any], None]) -> None:
+    """Let `ModelRegistry.register_model` take factories and `VLLMModelForCausalLM` classes.
+
+    Relies on `_ModelRegistry.register_model(model_arch, model_cls)`, which
+    refuses functions. Can go when vLLM accepts factories. Idempotent.
+    """
+    stock = registry._ModelRegistry.register_model
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def register_model(self: Any, model_arch: str, model_cls: Any) -> None:
+        if _is_factory(model_cls):
+            register(model_arch, model_cls)
+        else:
+            stock(self, model_arch, model_cls)
+
+    registry._ModelRegistry.register_model = register_model
+
+
+def _is_factory(model_cls: Any) -> bool:
+    from vllm_graft.model import VLLMModelForCausalLM
+
+    if isinstance(model_cls, type):
+        return issubclass(model_cls, VLLMModelForCausalLM)
+    return callable(model_cls)
+
+
+def prepare_process() -> None:
+    """Settings that a process with Graft models needs; made before vLLM reads them.
+
+    With KV split on, the CPU attention kernel adds partial results in an order
+    that depends on the batch, so log-probabilities would too. A value set by
+    the user stays. The registration variable is declared to vLLM, which warns
+    of `VLLM_` names it does not know.
+    """
+    from vllm import envs
+
+    from vllm_graft.serve.registry import ENV
+
+    envs.environment_variables.setdefault(ENV, lambda: os.environ.get(ENV))
+    if SPLIT_KV_ENV not in os.environ:
+        os.environ[SPLIT_KV_ENV] = "0"
+        # An engine that already ran in this process has frozen vLLM's view of the environment.
+        disable_cache = getattr(envs, "disable_envs_cache", None)
+        if disable_cache is not None:
+            disable_cache()
+
+
+def guard_engine_start(check: Callable[[list[str]], None]) -> None:
+    """Call `check(architectures)` before an engine starts child processes.
+
+    Relies on `Executor.get_class(vllm_config)`, which every engine calls in the
+    parent. Can go when vLLM ships registrations to its children. Idempotent.
+    """
+    from vllm import envs
+    from vllm.v1.executor.abstract import Executor
+
+    stock = Executor.get_class
+    if hasattr(stock, "__wrapped__"):
+        return
+
+    @functools.wraps(stock)
+    def get_class(vllm_config: Any) -> Any:
+        executor = stock(vllm_config)
+        backend = vllm_config.parallel_config.distributed_executor_backend
+        if envs.VLLM_ENABLE_V1_MULTIPROCESSING or backend in ("mp", "ray"):
+            check(list(vllm_config.model_config.architectures))
+        return executor
+
+    Executor.get_class = staticmethod(get_class)  # type: ignore[method-assign]
+
+
+# --- model construction -----------------------------------------------------
+
+
+def give_hf_config(vllm_config: Any) -> None:
+    """Make `vllm_config.hf_config` work, as the Custom Model API promises.
+
+    vLLM keeps it at `vllm_config.model_config.hf_config`. Can go when
+    `VllmConfig` has the attribute. Idempotent.
+    """
+    cls = type(vllm_config)
+    if not hasattr(cls, "hf_config"):
+        cls.hf_config = property(lambda self: self.model_config.hf_config)
+
+
+def process_group(axis: str) -> Any:
+    """vLLM's device group for `"tp"` or `"pp"`, or None before it exists."""
+    from vllm.distributed import parallel_state
+
+    if not parallel_state.model_parallel_is_initialized():
+        return None
+    get = parallel_state.get_tp_group if axis == "tp" else parallel_state.get_pp_group
+    return get().device_group
+
+
+def forward_running() -> bool:
+    """Whether vLLM is inside a model forward (its forward context is set)."""
+    from vllm.forward_context import is_forward_context_available
+
+    running: bool = is_forward_context_available()
+    return running
+
+
+def dummy_forward(vllm_config: Any, num_tokens: int) -> AbstractContextManager[Any]:
+    """A forward as in vLLM's profiling run: no requests, attention output undefined."""
+    from vllm.forward_context import set_forward_context
+
+    context: AbstractContextManager[Any] = set_forward_context(
+        None, vllm_config, num_tokens=num_tokens
+    )
+    return context
+
+
+def paged_attention_layer(
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    head_size: int,
+    scale: float,
+    sliding_window: int | None,
+    prefix: str,
+    vllm_config: Any,
+    on_weights_ready: Callable[[], None],
+) -> nn.Module:
+    """A vLLM `Attention` layer; building it registers its KV cache under `prefix`.
+
+    vLLM calls an attention layer's `process_weights_after_loading` when the
+    initial load, or a whole live update, is complete: `on_weights_ready` is told.
+    """
+    # Without a window of its own a layer takes the checkpoint's; the module knows better.
+    cache_config = copy.copy(vllm_config.cache_config)
+    cache_config.sliding_window = None
+    layer = _layer_class()(
+        num_heads=num_heads,
+        head_size=head_size,
+        scale=scale,
+        num_kv_heads=num_kv_heads,
+        cache_config=cache_config,
+        quant_config=vllm_config.quant_config,
+        per_layer_sliding_window=sliding_window,
+        prefix=prefix,
+    )
+    layer.on_weights_ready = on_weights_ready
+    return layer
+
+
+@functools.cache
+def _layer_class() -> Any:
+    from vllm.model_executor.layers.attention import Attention
+
+    class GraftPagedAttention(Attention):  # type: ignore[misc]
+        on_weights_ready: Callable[[], None]
+
+        def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+            super().process_weights_after_loading(act_dtype)
+            self.on_weights_ready()
+
+    return GraftPagedAttention
+
+
+def mla_kv_cache_spec(*, head_size: int, block_size: int, dtype: torch.dtype) -> Any:
+    """`MLAAttentionSpec` with the one latent vector per token that MLA caches."""
+    from vllm.v1.kv_cache_interface import MLAAttentionSpec
+
+    return MLAAttentionSpec(
+        block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=dtype
+    )
+
+
+def compiled(module_class: type[nn.Module]) -> type[nn.Module]:
+    """`module_class` under vLLM's own `support_torch_compile`."""
+    from vllm.compilation.decorators import support_torch_compile
+
+    decorated: type[nn.Module] = support_torch_compile(
+        dynamic_arg_dims={"input_ids": 0, "positions": 0}
+    )(module_class)
+    return decorated
+
+
+def extend_compile_key(vllm_config: Any, digest: str) -> None:
+    """Make the compile cache key depend on the model itself.
+
+    vLLM keys on its config and the traced files, so two factories that differ
+    in one constant would share compiled code. `additional_config` is part of
+    the key. Can go when vLLM hashes the module.
+    """
+    if isinstance(vllm_config.additional_config, dict):
+        vllm_config.additional_config["vllm_graft_model"] = digest
+
+
+# --- the CPU attention kernel, for the training forward ---------------------
+
+_BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
+
+
+@functools.cache
+def cpu_attention_supports(*, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether vLLM's CPU attention kernel takes this head size and dtype."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return False
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
+
+    sizes = Backend.get_supported_head_sizes()
+    return head_size in sizes and dtype in Backend.supported_dtypes
+
+
+def cpu_attention(
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """The engine's attention kernel over a scratch KV cache, without gradient.
+
+    Args:
+        q_TNH, k_TKH, v_TKH: flat tokens of all samples.
+        cu_seqlens: `[B + 1]` int32 borders of the samples.
+
+    Returns:
+        `[T, N, H]`, bit-equal to what the engine computes for the same tokens.
+    """
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    (num_tokens, num_heads, head_size), num_kv_heads = q_TNH.shape, k_TKH.shape[1]
+    window = -1 if sliding_window is None else sliding_window
+    isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
+    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
+    block_table, slots, num_blocks = _scratch_blocks(lengths)
+    cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
+    key_cache, value_cache = cache.chunk(2, dim=2)
+    ops.cpu_attn_reshape_and_cache(
+        k_TKH.contiguous(), v_TKH.contiguous(), key_cache, value_cache, slots, isa
+    )
+    schedule = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(lengths),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_size,
+        seq_lens=lengths,
+        dtype=q_TNH.dtype,
+        query_start_loc=cu_seqlens,
+        causal=causal,
+        sliding_window_size=window,
+        isa=isa,
+        enable_kv_split=False,
+    )
+    out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
+    ops.cpu_attention_with_kv_cache(
+        query=q_TNH.contiguous(),
+        key_cache=key_cache,
+        value_cache=value_cache,
+        output=out,
+        query_start_loc=cu_seqlens,
+        seq_lens=lengths,
+        scale=scale,
+        causal=causal,
+        alibi_slopes=None,
+        sliding_window=window,
+        block_table=block_table,
+        softcap=0.0,
+        scheduler_metadata=schedule,
+        s_aux=None,
+    )
+    return out
+
+
+def _scratch_blocks(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Block table `[B, M]` int32, slot of every token `[T]` int64, number of blocks."""
+    per_sample = (lengths + _BLOCK_SIZE - 1) // _BLOCK_SIZE
+    first = torch.cumsum(per_sample, 0) - per_sample
+    most = max(int(per_sample.max()), 1)
+    table = (first[:, None] + torch.arange(most)).to(torch.int32)
+    num_blocks = max(int(per_sample.sum()), 1)
+    offsets = [torch.arange(n) + start * _BLOCK_SIZE for n, start in zip(lengths.tolist(), first.tolist(), strict=True)]
+    return table.clamp_(max=num_blocks - 1), torch.cat(offsets).long(), num_blocks

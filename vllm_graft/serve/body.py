@@ -1,0 +1,93 @@
+"""Calling a model on vLLM's flat tokens, in the shape it was written for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft.positions import TokenBatch, running
+from vllm_graft.serve import _vllm
+
+
+class TokenBody(nn.Module):
+    """`(input_ids [T], positions [T]) -> hidden [T, D]`, compiled by vLLM where asked."""
+
+    def __init__(self, *, model: nn.Module, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__()
+        # In a tuple, so that the parameters keep one owner and one name.
+        self._model = (model,)
+        self.batched = False
+        """Call the model with `[1, T]` instead of `[T]`; known after `find_layout`."""
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Run the model with its positions in context."""
+        hidden = call(self._model[0], input_ids, positions, batched=self.batched)
+        return hidden.flatten(0, 1) if hidden.dim() == 3 else hidden
+
+
+def make_body(model: nn.Module, vllm_config: Any) -> TokenBody:
+    """The body of `model`, under vLLM's `support_torch_compile` if the model allows."""
+    wanted = bool(getattr(model, "supports_torch_compile", False))
+    body_class: Any = _compiled_body() if wanted else TokenBody
+    body: TokenBody = body_class(model=model, vllm_config=vllm_config)
+    return body
+
+
+@functools.cache
+def _compiled_body() -> type[nn.Module]:
+    class CompiledTokenBody(TokenBody):
+        pass
+
+    return _vllm.compiled(CompiledTokenBody)
+
+
+def call(
+    model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, *, batched: bool
+) -> torch.Tensor:
+    """One serving forward of the user's module on `[T]` or `[1, T]` tokens."""
+    with running(TokenBatch(positions=positions, serving=True)):
+        if batched:
+            input_ids, positions = input_ids[None], positions[None]
+        hidden: torch.Tensor = model(input_ids, positions=positions)
+    return hidden
+
+
+def find_layout(
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    before_try: Callable[[], None],
+) -> tuple[bool, torch.Tensor]:
+    """Whether `model` takes `[T]` tokens, as vLLM has them, or `[1, T]`.
+
+    Args:
+        before_try: called before each of the two tries.
+
+    Returns:
+        Whether it takes `[1, T]`, and the hidden states `[T, D]` of the try.
+
+    Raises:
+        RuntimeError: it takes neither; both errors are in the text.
+    """
+    failures = []
+    for batched, wanted in ((False, 2), (True, 3)):
+        before_try()
+        shape = "[1, T]" if batched else "[T]"
+        try:
+            hidden = call(model, input_ids, positions, batched=batched)
+        except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
+            failures.append((f"  with {shape} tokens: {type(error).__name__}: {error}", error))
+            continue
+        leading = input_ids.shape if wanted == 2 else (1, *input_ids.shape)
+        if isinstance(hidden, torch.Tensor) and hidden.shape[:-1] == leading:
+            return batched, hidden.flatten(0, -2)
+        got = tuple(hidden.shape) if isinstance(hidden, torch.Tensor) else type(hidden).__name__
+        failures.append((f"  with {shape} tokens: forward returned {got}, not hidden states", None))
+    raise RuntimeError(
+        f"{type(model).__name__}.forward could not run on vLLM's flat batch of T tokens:\n"
+        + "\n".join(text for text, _ in failures)
+    ) from failures[-1][1]

@@ -1,0 +1,1 @@
+"""Checkpoint tensors to model parameters, every one accounted for."""

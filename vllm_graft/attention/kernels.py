@@ -140,6 +140,10 @@ def attend(
     Returns:
         `[T, N, H]` in `q_TNH`'s dtype, differentiable in q, k and v.
     """
+    if q_TNH.is_cuda and dropout == 0.0:
+        from vllm_graft.attention.cuda import cuda_attention
+
+        return cuda_attention(q_TNH, k_TKH, v_TKH, cu_seqlens, spec)
     if dropout > 0.0 or not _engine_kernel_fits(q_TNH):
         return sdpa_packed(q_TNH, k_TKH, v_TKH, cu_seqlens, spec, dropout)
     out: torch.Tensor = _EngineAttention.apply(q_TNH, k_TKH, v_TKH, cu_seqlens, spec)

@@ -1,4 +1,4 @@
-"""Tables that keep their precision when a model is cast, and exact linear layers."""
+"""Tables that keep their precision when a model is built and cast."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 TABLE_NAMES = frozenset(
@@ -79,28 +78,3 @@ def parameters_as(dtype: torch.dtype) -> Iterator[None]:
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
         torch.set_default_dtype(before)
-
-
-_UNEVEN_ROWS = 12
-"""Below this many rows, a float32 product on CPU depends on the row count (measured)."""
-
-
-def make_linears_exact(model: nn.Module) -> None:
-    """Make each `nn.Linear` give a token the same bits in any batch.
-
-    bf16 products do so by themselves. float32 ones on CPU take another kernel
-    for 1 to 11 rows unless the count is a multiple of 4, so few rows are
-    padded to one. Layers with a forward of their own are left alone.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            module.forward = MethodType(_linear, module)  # type: ignore[method-assign]
-
-
-def _linear(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    rows = x.shape[:-1].numel()
-    uneven = x.dtype == torch.float32 and x.device.type == "cpu" and rows < _UNEVEN_ROWS
-    if torch.compiler.is_compiling() or not uneven or rows % 4 == 0:
-        return F.linear(x, module.weight, module.bias)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
-    return F.linear(padded, module.weight, module.bias)[:rows].view(*x.shape[:-1], -1)

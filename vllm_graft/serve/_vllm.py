@@ -215,6 +215,16 @@ def extend_compile_key(vllm_config: Any, digest: str) -> None:
         vllm_config.additional_config["vllm_graft_model"] = digest
 
 
+def emulate_eager_rounding(vllm_config: Any) -> None:
+    """Let compiled bf16 code round where eager code does.
+
+    Inductor keeps fused intermediates in float32, so compiled log-probabilities
+    would differ from the training forward's. A value set by the user stays.
+    """
+    config = vllm_config.compilation_config.inductor_compile_config
+    config.setdefault("emulate_precision_casts", True)
+
+
 # --- the CPU attention kernel, for the training forward ---------------------
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.

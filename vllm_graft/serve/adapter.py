@@ -15,7 +15,8 @@ from torch import nn
 
 from vllm_graft.attention.mla import TrainableMLA
 from vllm_graft.parallel import ParallelContext
-from vllm_graft.precision import keep_table_precision, make_linears_exact, parameters_as
+from vllm_graft.exact import make_exact
+from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm
 from vllm_graft.serve.body import find_layout, make_body
 from vllm_graft.serve.kv import bind
@@ -195,8 +196,9 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
             model = factory(vllm_config, context)
     _check_model(arch, model)
     keep_table_precision(model, {})
-    make_linears_exact(model)
+    make_exact(model)
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
+    _vllm.emulate_eager_rounding(vllm_config)
     return model
 
 

@@ -1,0 +1,1 @@
+"""Measuring Graft against vLLM's own models, round by round in turn."""

@@ -30,9 +30,7 @@ app.command("version", rich_help_panel=_ABOUT)(version.version)
 
 @app.callback()
 def options(
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of an error.")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
 ) -> None:
     """Serve, try out and measure any PyTorch language model in stock vLLM."""
 
@@ -52,19 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     except (CommandError, typer.TyperException) as error:
         if debug:
             raise
-        sys.exit(_show(error))
+        sys.exit(_show(error, arguments))
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _show(error: CommandError | typer.TyperException) -> int:
-    context = getattr(error, "ctx", None)
-    where = context.command_path if context is not None else PROGRAM
+def _show(error: CommandError | typer.TyperException, arguments: list[str]) -> int:
     text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     console.print("error:", style="bold red", end=" ")
     console.print(text, markup=False)
     if error.exit_code == 2:
-        console.print(f"See {where} --help", style="dim", markup=False)
+        commands = [info.name for info in app.registered_commands]
+        command = next((word for word in arguments if word in commands), "")
+        console.print(f"See {' '.join([PROGRAM, command]).strip()} --help", markup=False)
     return int(error.exit_code)

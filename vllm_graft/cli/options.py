@@ -39,9 +39,7 @@ Factory = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option(
-        "--dtype", help="auto, bfloat16, float16 or float32.", rich_help_panel=ENGINE
-    ),
+    typer.Option("--dtype", help="auto, bfloat16, float16 or float32.", rich_help_panel=ENGINE),
 ]
 MaxModelLen = Annotated[
     int | None,

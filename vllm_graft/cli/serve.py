@@ -123,7 +123,7 @@ def config_file_settings(flags: list[str]) -> dict[str, Any]:
     paths = [flags[i + 1] for i, flag in enumerate(flags[:-1]) if flag == "--config"]
     if not paths or not Path(paths[0]).is_file():
         return {}
-    import yaml
+    import yaml  # type: ignore[import-untyped]
 
     settings = yaml.safe_load(Path(paths[0]).read_text(encoding="utf-8"))
     if not isinstance(settings, dict):
@@ -140,11 +140,9 @@ class _CpuBuildAsVllm(metadata.DistributionFinder):
     def find_spec(self, *_: Any) -> None:
         """Finds no modules."""
 
-    def find_distributions(
-        self, context: metadata.DistributionFinder.Context = metadata.DistributionFinder.Context()
-    ) -> Iterator[metadata.Distribution]:
+    def find_distributions(self, context: Any = None) -> Iterator[metadata.Distribution]:
         """The CPU build under the name `vllm`, with the version tag of a source build."""
-        if context.name == "vllm":
+        if context is not None and context.name == "vllm":
             yield _Renamed(self.release)
 
 

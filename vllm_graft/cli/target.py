@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 from vllm_graft.cli.errors import UsageError
 from vllm_graft.serve import registry
@@ -121,13 +122,13 @@ def _own_architecture(checkpoint: str) -> str:
     )
 
 
-def read_config(checkpoint: str) -> dict[str, object]:
+def read_config(checkpoint: str) -> dict[str, Any]:
     """`config.json` of a local checkpoint; empty for a Hub name."""
     path = Path(checkpoint) / "config.json"
     if not path.is_file():
         return {}
     try:
-        config: dict[str, object] = json.loads(path.read_text(encoding="utf-8"))
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UsageError(f"{path}: not valid JSON: {error}") from error
     return config
@@ -141,7 +142,9 @@ def _check_checkpoint(checkpoint: str) -> None:
             raise UsageError(f"{checkpoint}: no config.json in this folder; not a checkpoint")
         return
     if checkpoint.startswith("-"):
-        raise UsageError(f"CHECKPOINT must come before the options, got {checkpoint!r} in its place")
+        raise UsageError(
+            f"CHECKPOINT must come before the options, got {checkpoint!r} in its place"
+        )
     if path.is_file():
         raise UsageError(f"{checkpoint}: a file; expected the checkpoint's folder")
     if checkpoint.startswith((".", "/", "~")) or checkpoint.count("/") != 1:

@@ -1,0 +1,121 @@
+"""The measurement: contenders start one after another, then take turns round by round."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_graft.bench.process import Worker, WorkerError
+from vllm_graft.bench.spec import GRAFT, PEERS, Contender, Measured, Workload
+from vllm_graft.serve.registry import ENV as REGISTRATIONS
+
+_SETTLE_S = 0.5
+"""Pause before a round, in which the previous contender's threads go to sleep."""
+
+Tell = Callable[[str, int], None]
+"""Called with what is being done and how many steps are finished."""
+
+
+def contenders(
+    *,
+    arch: str,
+    peers: Iterable[str],
+    llm: Mapping[str, Any],
+    user_env: Mapping[str, str],
+    cache: Path,
+) -> list[Contender]:
+    """Graft first, then the peers; stock peers know nothing of Graft's models.
+
+    Args:
+        arch: a registered architecture.
+        peers: keys of `PEERS`.
+        llm: arguments of `vllm.LLM` that all share.
+        user_env: the environment before anything was registered.
+        cache: folder for compile caches; each contender gets an empty one.
+    """
+    graft_env = {**_child_env(user_env, cache / GRAFT), REGISTRATIONS: os.environ[REGISTRATIONS]}
+    graft_llm = {**llm, "hf_overrides": {"architectures": [arch]}}
+    result = [Contender(name=GRAFT, llm=graft_llm, env=graft_env)]
+    for name in peers:
+        env = _child_env(user_env, cache / name)
+        result.append(Contender(name=name, llm={**llm, **PEERS[name]}, env=env))
+    return result
+
+
+def _child_env(user_env: Mapping[str, str], cache: Path) -> dict[str, str]:
+    defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
+    forced = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+    }
+    env = {**defaults, **user_env, **forced}
+    env.pop(REGISTRATIONS, None)
+    return env
+
+
+def steps(num_contenders: int, workload: Workload) -> int:
+    """How many steps `measure` tells of."""
+    return num_contenders * (workload.rounds + 2)
+
+
+def measure(
+    entrants: list[Contender], workload: Workload, logs: Path, tell: Tell
+) -> list[Measured]:
+    """Start every contender, warm each up, and measure in turn (A B C A B C ...).
+
+    Args:
+        entrants: who takes part; all engines stay alive until the end.
+        workload: of a round.
+        logs: folder for one log file per contender.
+        tell: told of progress.
+
+    Raises:
+        WorkerError: a contender failed; names it and its log.
+    """
+    with ExitStack() as stack:
+        workers: list[Worker] = []
+        results: list[Measured] = []
+        for entrant in entrants:
+            tell(f"{entrant.name}: starting the engine", 0)
+            with naming(entrant, logs):
+                workers.append(stack.enter_context(Worker(entrant, _log(entrant, logs))))
+                results.append(workers[-1].start())
+                tell(f"{entrant.name}: warming up", 1)
+                workers[-1].round(workload, seed=0)
+            tell(f"{entrant.name}: ready", 1)
+        for number in range(1, workload.rounds + 1):
+            for worker, result in zip(workers, results, strict=True):
+                tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 0)
+                time.sleep(_SETTLE_S)
+                with naming(worker.contender, logs):
+                    result.rounds.append(worker.round(workload, seed=number))
+                tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 1)
+        for worker, result in zip(workers, results, strict=True):
+            result.rss_gib, result.peak_rss_gib = worker.memory()
+    return results
+
+
+def _log(contender: Contender, logs: Path) -> Path:
+    return logs / f"{contender.name}.log"
+
+
+@contextmanager
+def naming(contender: Contender, logs: Path) -> Iterator[None]:
+    """Add the contender and its log file to a `WorkerError`."""
+    try:
+        yield
+    except WorkerError as error:
+        raise WorkerError(f"{contender.name}: {error} (log: {_log(contender, logs)})") from error
+
+
+def read_once(checkpoint: Path) -> None:
+    """Read weight files once, so that no contender pays for the first disk access."""
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with path.open("rb", buffering=0) as file:
+            while file.read(1 << 24):
+                pass

@@ -50,24 +50,64 @@ def paged_flash(
     Returns:
         `[T, N, H]`, without gradient.
     """
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    longest = int(lengths.max())
     table, pages = _own_pages(lengths)
     slots = _slots(lengths, table).to(q_TNH.device, non_blocking=True)
-    caches = [_scatter(x, slots, pages) for x in (k_TKH, v_TKH)]
+    return flash_over_pages(
+        q_TNH,
+        _scatter(k_TKH, slots, pages),
+        _scatter(v_TKH, slots, pages),
+        table,
+        lengths,
+        cu_seqlens,
+        scale,
+        window,
+        causal=causal,
+    )
+
+
+def flash_over_pages(
+    q_TNH: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    table: torch.Tensor,
+    lengths: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    scale: float,
+    window: tuple[int, int],
+    *,
+    causal: bool,
+) -> torch.Tensor:
+    """`paged_flash` over a cache that is there already.
+
+    Args:
+        q_TNH: `[T, N, H]` queries; those of a sample are its last tokens.
+        k_pages, v_pages: `[pages, page size, K, H]`.
+        table: `[B, M]` int32 pages of every sample, on CPU as the two below.
+        lengths: `[B]` int32 tokens of every sample in the cache.
+        cu_seqlens: `[B + 1]` int32 borders of the queries.
+        scale: softmax scale.
+        window: keys seen to the left and right of a query, itself not counted.
+        causal: whether queries see only keys at or before them.
+
+    Returns:
+        `[T, N, H]`, without gradient.
+    """
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    device = q_TNH.device
     out: torch.Tensor = flash_attn_varlen_func(
         q_TNH.contiguous(),
-        *caches,
-        max_seqlen_q=longest,
-        cu_seqlens_q=cu_seqlens.to(q_TNH.device, non_blocking=True),
-        max_seqlen_k=longest,
-        seqused_k=lengths.to(q_TNH.device, non_blocking=True),
+        k_pages,
+        v_pages,
+        max_seqlen_q=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
+        cu_seqlens_q=cu_seqlens.to(device, non_blocking=True),
+        max_seqlen_k=int(lengths.max()),
+        seqused_k=lengths.to(device, non_blocking=True),
         softmax_scale=scale,
         causal=causal,
         window_size=list(window),
-        block_table=table.to(q_TNH.device, non_blocking=True),
+        block_table=table.to(device, non_blocking=True),
         num_splits=1,
         fa_version=flash_version(head_dim=q_TNH.shape[-1]),
     )

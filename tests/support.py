@@ -1,0 +1,172 @@
+"""What several test modules need: tiny checkpoints, engines, log-probabilities, references."""
+
+from __future__ import annotations
+
+import gc
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import vllm_graft
+
+ROOT = Path(__file__).parents[1]
+MIXED_LENGTHS = (1, 2, 5, 17, 64, 128, 129, 130, 300)
+"""Prompt lengths around one and several KV blocks (128 tokens on CPU)."""
+
+
+def qwen3_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A small random Qwen3 checkpoint in Hugging Face format (float32)."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "max_position_embeddings": 1024,
+        "tie_word_embeddings": False,
+    }
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(**(sizes | overrides)))
+    for parameter in model.parameters():
+        # Wide enough that greedy tokens vary and logits are far from uniform.
+        spread = 0.08 if parameter.dim() > 1 else 0.3
+        torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=spread)
+    model.save_pretrained(folder)
+    return folder
+
+
+@contextmanager
+def engine(checkpoint: Path, arch: str | None = None, **options: Any) -> Iterator[Any]:
+    """An in-process vLLM engine on a checkpoint, freed at the end.
+
+    Args:
+        checkpoint: Hugging Face folder.
+        arch: architecture to serve it as; the checkpoint's own by default.
+        options: for `vllm.LLM`; eager, 512 tokens and no tokenizer by default.
+    """
+    from vllm import LLM
+
+    defaults = {
+        "max_model_len": 512,
+        "enforce_eager": True,
+        "skip_tokenizer_init": True,
+        "disable_log_stats": True,
+    }
+    overrides = {} if arch is None else {"hf_overrides": {"architectures": [arch]}}
+    llm = LLM(str(checkpoint), **(defaults | overrides | options))
+    try:
+        yield llm
+    finally:
+        del llm
+        gc.collect()
+
+
+def live_module(llm: Any) -> Any:
+    """The user's module inside an in-process engine."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.model.model
+
+
+def prompts(lengths: Sequence[int], vocab_size: int = 512) -> list[list[int]]:
+    """Deterministic token prompts of the given lengths."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate(llm: Any, token_prompts: list[list[int]], **sampling: Any) -> list[Any]:
+    """Completions (token ids and log-probs of the sampled tokens), greedy by default."""
+    from vllm import SamplingParams
+
+    defaults = {
+        "temperature": 0.0,
+        "max_tokens": 64,
+        "logprobs": 0,
+        "detokenize": False,
+        "ignore_eos": True,
+    }
+    outputs = llm.generate(
+        [{"prompt_token_ids": p} for p in token_prompts],
+        SamplingParams(**(defaults | sampling)),
+        use_tqdm=False,
+    )
+    return [output.outputs[0] for output in outputs]
+
+
+def sampled_logprobs(completion: Any) -> list[float]:
+    """The engine's log-probability of each sampled token."""
+    return [
+        entry[token].logprob
+        for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)
+    ]
+
+
+def training_logprobs(
+    module: Any, token_prompts: list[list[int]], completions: list[list[int]]
+) -> list[torch.Tensor]:
+    """The training forward's log-probs of the completions, all samples in one packed batch."""
+    samples = [p + list(c) for p, c in zip(token_prompts, completions, strict=True)]
+    borders = torch.tensor([0, *(len(s) for s in samples)]).cumsum(0)
+    tokens = torch.tensor([t for s in samples for t in s])
+    with vllm_graft.packed(borders):
+        hidden = module(tokens)
+    logprobs = torch.log_softmax(module.compute_logits(hidden).float(), dim=-1)
+    result = []
+    for start, prompt, completion in zip(
+        borders.tolist(), token_prompts, completions, strict=False
+    ):
+        first = start + len(prompt) - 1
+        rows = logprobs[first : first + len(completion)]
+        result.append(rows.gather(1, torch.tensor(completion)[:, None])[:, 0])
+    return result
+
+
+def reference_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Causal attention written out, sample by sample, in the precision of its inputs."""
+    repeats = q.shape[1] // k.shape[1]
+    outputs, start = [], 0
+    for length in lengths:
+        rows = slice(start, start + length)
+        qs, ks, vs = q[rows], *(x[rows].repeat_interleave(repeats, 1) for x in (k, v))
+        scores = torch.einsum("inh,jnh->nij", qs, ks) * scale
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        outputs.append(torch.einsum("nij,jnh->inh", weights, vs))
+        start += length
+    return torch.cat(outputs)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Largest difference over the largest wanted value."""
+    got, want = got.detach().double(), want.detach().double()
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a fresh interpreter of this environment, from the repository root."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )

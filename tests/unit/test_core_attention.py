@@ -1,0 +1,144 @@
+"""CoreAttention against a float64 reference: forward, gradients, packing, leaks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from tests.support import reference_attention, relative_error
+from vllm_graft import CoreAttention, packed
+from vllm_graft.attention.kernels import AttentionSpec, attend, sdpa_packed
+
+# fp32: a few ulp times sqrt(length); bf16: inputs and outputs carry 8 bits of mantissa.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+LENGTHS = (1, 7, 33, 130)
+
+
+def qkv(heads: int, kv_heads: int, dtype: torch.dtype, head_dim: int = 64, lengths=LENGTHS):
+    generator = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+
+    def make(n: int) -> torch.Tensor:
+        return torch.randn(tokens, n, head_dim, generator=generator).to(dtype).requires_grad_()
+
+    return make(heads), make(kv_heads), make(kv_heads)
+
+
+def borders(lengths=LENGTHS) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (8, 2), (8, 1)])
+def test_forward_and_gradients_match_float64(dtype, window, heads, kv_heads):
+    scale = 0.21  # not the default 1/8
+    module = CoreAttention(heads, kv_heads, 64, scale=scale, sliding_window=window)
+    inputs = qkv(heads, kv_heads, dtype)
+    out = module(*inputs, cu_seqlens=borders())
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    grads = torch.autograd.grad((out.float() * weight).sum(), inputs)
+
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    want = reference_attention(*exact, LENGTHS, scale, window)
+    want_grads = torch.autograd.grad((want * weight.double()).sum(), exact)
+
+    assert relative_error(out, want) < TOLERANCE[dtype]
+    for got, wanted in zip(grads, want_grads, strict=True):
+        assert relative_error(got, wanted) < TOLERANCE[dtype]
+
+
+def test_sdpa_path_matches_float64_where_the_kernel_has_no_head_size():
+    inputs = qkv(4, 2, torch.float32, head_dim=40)
+    out = CoreAttention(4, 2, 40)(*inputs, cu_seqlens=borders())
+    want = reference_attention(*(x.double() for x in inputs), LENGTHS, 40**-0.5)
+    assert relative_error(out, want) < TOLERANCE[torch.float32]
+
+
+def test_rows_of_a_batch_are_separate_samples():
+    q, k, v = (x.detach().view(2, 9, -1, 64) for x in qkv(4, 2, torch.float32, lengths=(18,)))
+    module = CoreAttention(4, 2, 64)
+    both = module(q, k, v)
+    assert torch.equal(both[1], module(q[1], k[1], v[1]))
+
+
+def test_packed_context_equals_explicit_borders():
+    inputs = qkv(4, 2, torch.float32)
+    module = CoreAttention(4, 2, 64)
+    with packed(borders()):
+        in_context = module(*inputs)
+    assert torch.equal(in_context, module(*inputs, cu_seqlens=borders()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+def test_changing_one_sample_leaves_the_others_bit_identical(dtype, window):
+    module = CoreAttention(8, 2, 64, sliding_window=window)
+    inputs = qkv(8, 2, dtype)
+    changed = [x.detach().clone() for x in inputs]
+    victim = slice(LENGTHS[0] + LENGTHS[1], sum(LENGTHS[:3]))
+    for x in changed:
+        x[victim] += 1.0
+    results = []
+    for leaves in (inputs, [x.requires_grad_() for x in changed]):
+        out = module(*leaves, cu_seqlens=borders())
+        grads = torch.autograd.grad(out.float().square().sum(), leaves)
+        results.append((out.detach(), *grads))
+    keep = torch.ones(sum(LENGTHS), dtype=torch.bool)
+    keep[victim] = False
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before[keep], after[keep])
+        assert not torch.equal(before[victim], after[victim])
+
+
+def test_dropout_acts_in_training_only():
+    inputs = qkv(4, 2, torch.float32)
+    module = CoreAttention(4, 2, 64, dropout=0.5)
+    torch.manual_seed(0)
+    dropped = module.train()(*inputs, cu_seqlens=borders())
+    plain = module.eval()(*inputs, cu_seqlens=borders())
+    assert not torch.allclose(dropped, plain)
+    assert torch.equal(plain, CoreAttention(4, 2, 64)(*inputs, cu_seqlens=borders()))
+
+
+def test_engine_kernel_and_sdpa_agree():
+    inputs = qkv(8, 2, torch.float32)
+    spec = AttentionSpec(scale=0.125)
+    kernel = attend(*inputs, borders(), spec)
+    # Two float32 summation orders over at most 130 keys.
+    assert relative_error(kernel, sdpa_packed(*inputs, borders(), spec)) < 1e-5
+
+
+def test_it_has_no_parameters_and_copies_are_unbound():
+    module = CoreAttention(4, 2, 64)
+    module.bind(lambda q, k, v: q)
+    assert not module.state_dict()
+    assert copy.deepcopy(module)._paged is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 is not a multiple of num_kv_heads=4"),
+        ({"num_heads": 4, "dropout": 1.0}, "dropout=1.0"),
+        ({"num_heads": 4, "sliding_window": 0}, "sliding_window=0"),
+    ],
+)
+def test_bad_construction_is_refused(arguments, text):
+    with pytest.raises(ValueError, match=text):
+        CoreAttention(**arguments)
+
+
+def test_wrong_shapes_are_refused_with_both():
+    q, k, v = qkv(4, 4, torch.float32)
+    with pytest.raises(ValueError, match=r"expects q .*, 4, 64.*got q \(171, 4, 64\), k \(171, 4"):
+        CoreAttention(4, 2, 64)(q, k, v)
+
+
+@pytest.mark.parametrize("bad", [[0, 5], [1, 171], [0, 9, 3, 171], [171]])
+def test_bad_borders_are_refused(bad):
+    inputs = qkv(4, 2, torch.float32)
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
+        CoreAttention(4, 2, 64)(*inputs, cu_seqlens=torch.tensor(bad))

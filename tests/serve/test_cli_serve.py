@@ -36,7 +36,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"  # noqa: S106
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        eos_token="<eos>",  # noqa: S106
     ).save_pretrained(folder)
     return folder
 

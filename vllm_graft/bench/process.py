@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from vllm_graft.bench.spec import Contender, Measured, Round, Workload
+from vllm_graft.bench.spec import Contender, Round, Workload
 
 _GRACE_S = 20
 
@@ -53,15 +53,17 @@ class Worker:
     ) -> None:
         self.close(kill=error is not None)
 
-    def start(self) -> Measured:
+    def start(self) -> tuple[float, float]:
         """Build the engine.
+
+        Returns:
+            Seconds since the process was started, and the part in `vllm.LLM(...)`.
 
         Raises:
             WorkerError: it could not be built.
         """
         reply = self._ask(do="start", llm=self.contender.llm)
-        startup_s = time.perf_counter() - self._begun
-        return Measured(contender=self.contender, startup_s=startup_s, engine_s=reply["engine_s"])
+        return time.perf_counter() - self._begun, reply["engine_s"]
 
     def round(self, workload: Workload, seed: int) -> Round:
         """Measure one round of prompts drawn from `seed`."""

@@ -53,6 +53,7 @@ def summary(result: Measured, workload: Workload) -> dict[str, Any]:
     return {
         "prefill": median(r["prefill"] for r in rounds),
         "decode": median(r["decode"] for r in rounds),
+        "cold_startup_s": result.cold_startup_s,
         "startup_s": result.startup_s,
         "engine_s": result.engine_s,
         "peak_rss_gib": result.peak_rss_gib,
@@ -65,7 +66,7 @@ def ratios(graft: Measured, peer: Measured, workload: Workload) -> dict[str, flo
     """Graft over peer. Rates are paired round by round, then the median is taken.
 
     Above 1 Graft is faster in `prefill` and `decode`, and slower or larger in
-    `startup` and `peak_memory`. `same_first_token` is the share of sequences
+    `cold_startup`, `startup` and `peak_memory`. `same_first_token` is the share of sequences
     whose first greedy token agrees.
     """
     pairs = list(zip(graft.rounds, peer.rounds, strict=True))
@@ -77,6 +78,7 @@ def ratios(graft: Measured, peer: Measured, workload: Workload) -> dict[str, flo
     return {
         "prefill": median(p.prefill_s / g.prefill_s for g, p in pairs),
         "decode": median(g.decode_rate(workload) / p.decode_rate(workload) for g, p in pairs),
+        "cold_startup": graft.cold_startup_s / peer.cold_startup_s,
         "startup": graft.startup_s / peer.startup_s,
         "peak_memory": graft.peak_rss_gib / peer.peak_rss_gib,
         "same_first_token": sum(tokens) / len(tokens),
@@ -85,9 +87,10 @@ def ratios(graft: Measured, peer: Measured, workload: Workload) -> dict[str, flo
 
 _LABELS = {
     GRAFT: "Graft",
-    "vllm": "vLLM's own model",
-    "transformers": "vLLM's Transformers backend",
+    "vllm": "vLLM",
+    "transformers": "Transformers",
 }
+_RATIOS = ("prefill", "decode", "cold_startup", "startup", "peak_memory")
 
 
 def tables(report: dict[str, Any]) -> Group:
@@ -101,13 +104,14 @@ def _figures(report: dict[str, Any]) -> Table:
     table = _table(
         f"{mode}, {report['settings']['dtype']}, {work['batch_size']} sequences of "
         f"{work['prompt_len']} + {work['output_len']} tokens, median of {work['rounds']} rounds",
-        ("model", "prefill tokens/s", "decode tokens/s", "startup s", "peak memory GiB"),
+        ("", "prefill tok/s", "decode tok/s", "first start s", "start s", "memory GiB"),
     )
     for name, row in report["contenders"].items():
         table.add_row(
             _LABELS[name],
             f"{row['prefill']:.0f}",
             f"{row['decode']:.1f}",
+            f"{row['cold_startup_s']:.1f}",
             f"{row['startup_s']:.1f}",
             f"{row['peak_rss_gib']:.2f}",
         )
@@ -115,10 +119,10 @@ def _figures(report: dict[str, Any]) -> Table:
 
 
 def _ratios(report: dict[str, Any]) -> Table:
-    titles = ("Graft over", "prefill", "decode", "startup", "peak memory", "same first token")
+    titles = ("Graft over", *(key.replace("_", " ") for key in _RATIOS), "same first token")
     table = _table("", titles)
     for name, row in report["ratios"].items():
-        figures = (f"{row[key]:.2f}" for key in ("prefill", "decode", "startup", "peak_memory"))
+        figures = (f"{row[key]:.2f}" for key in _RATIOS)
         table.add_row(_LABELS[name], *figures, f"{row['same_first_token']:.0%}")
     return table
 

@@ -60,7 +60,7 @@ def _child_env(user_env: Mapping[str, str], cache: Path) -> dict[str, str]:
 
 def steps(num_contenders: int, workload: Workload) -> int:
     """How many steps `measure` tells of."""
-    return num_contenders * (workload.rounds + 2)
+    return num_contenders * (workload.rounds + 3)
 
 
 def measure(
@@ -78,30 +78,36 @@ def measure(
         WorkerError: a contender failed; names it and its log.
     """
     with ExitStack() as stack:
-        workers: list[Worker] = []
-        results: list[Measured] = []
-        for entrant in entrants:
-            tell(f"{entrant.name}: starting the engine", 0)
-            with naming(entrant, logs):
-                workers.append(stack.enter_context(Worker(entrant, _log(entrant, logs))))
-                results.append(workers[-1].start())
-                tell(f"{entrant.name}: warming up", 1)
-                workers[-1].round(workload, seed=0)
-            tell(f"{entrant.name}: ready", 1)
+        pairs = [_started(entrant, workload, logs, stack, tell) for entrant in entrants]
         for number in range(1, workload.rounds + 1):
-            for worker, result in zip(workers, results, strict=True):
-                tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 0)
+            for worker, result in pairs:
                 time.sleep(_SETTLE_S)
                 with naming(worker.contender, logs):
                     result.rounds.append(worker.round(workload, seed=number))
                 tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 1)
-        for worker, result in zip(workers, results, strict=True):
+        for worker, result in pairs:
             result.rss_gib, result.peak_rss_gib = worker.memory()
-    return results
+    return [result for _, result in pairs]
 
 
-def _log(contender: Contender, logs: Path) -> Path:
-    return logs / f"{contender.name}.log"
+def _started(
+    entrant: Contender, workload: Workload, logs: Path, stack: ExitStack, tell: Tell
+) -> tuple[Worker, Measured]:
+    """Start a contender with empty caches, and again with full ones; the second stays."""
+    log = logs / f"{entrant.name}.log"
+    with naming(entrant, logs):
+        tell(f"{entrant.name}: first start, caches empty", 0)
+        with Worker(entrant, log) as first:
+            cold_s, _ = first.start()
+        tell(f"{entrant.name}: second start", 1)
+        worker = stack.enter_context(Worker(entrant, log))
+        warm_s, engine_s = worker.start()
+        tell(f"{entrant.name}: warming up", 1)
+        worker.round(workload, seed=0)
+    tell(f"{entrant.name}: ready", 1)
+    return worker, Measured(
+        contender=entrant, cold_startup_s=cold_s, startup_s=warm_s, engine_s=engine_s
+    )
 
 
 @contextmanager
@@ -110,7 +116,9 @@ def naming(contender: Contender, logs: Path) -> Iterator[None]:
     try:
         yield
     except WorkerError as error:
-        raise WorkerError(f"{contender.name}: {error} (log: {_log(contender, logs)})") from error
+        raise WorkerError(
+            f"{contender.name}: {error} (log: {logs / contender.name}.log)"
+        ) from error
 
 
 def read_once(checkpoint: Path) -> None:

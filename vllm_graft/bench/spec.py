@@ -74,8 +74,10 @@ class Measured:
     """Everything measured of one contender."""
 
     contender: Contender
+    cold_startup_s: float
+    """From starting the process to an engine ready for requests, with empty caches."""
     startup_s: float
-    """From starting the process to an engine ready for requests."""
+    """The same for a second start, which finds what the first one cached."""
     engine_s: float
     """The part of `startup_s` in `vllm.LLM(...)`: load, compile, KV cache."""
     rss_gib: float = 0.0

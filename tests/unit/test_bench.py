@@ -1,0 +1,141 @@
+"""The benchmark: its arithmetic, its children's environment, and one small run."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_graft.bench.machine import machine, rss_gib, versions
+from vllm_graft.bench.report import as_json, ratios
+from vllm_graft.bench.run import contenders
+from vllm_graft.bench.spec import Contender, Measured, Round, Workload
+from vllm_graft.bench.worker import random_prompts
+from vllm_graft.serve import registry
+
+WORKLOAD = Workload(batch_size=2, prompt_len=50, output_len=11, rounds=3)
+SPLIT_KV = "VLLM_CPU_ATTN_SPLIT_KV"
+
+
+def measured(name: str, seconds: list[tuple[float, float]], startup_s: float = 1.0) -> Measured:
+    """A contender whose rounds took `(prefill_s, decode_s)` each."""
+    return Measured(
+        contender=Contender(name=name, llm={}, env={}),
+        cold_startup_s=2 * startup_s,
+        startup_s=startup_s,
+        engine_s=startup_s,
+        rss_gib=1.0,
+        peak_rss_gib=2.0,
+        rounds=[Round(prefill_s=p, total_s=p + d, first_tokens=(1, 2)) for p, d in seconds],
+    )
+
+
+def test_rates_count_prompt_tokens_and_tokens_after_the_first() -> None:
+    (one,) = measured("graft", [(0.5, 2.0)]).rounds
+    assert one.prefill_rate(WORKLOAD) == 100 / 0.5
+    assert one.decode_rate(WORKLOAD) == 20 / 2.0
+
+
+def test_ratios_are_paired_by_round_before_the_median() -> None:
+    """A machine that slows down for one whole round leaves the ratio alone."""
+    graft = measured("graft", [(1.0, 1.0), (3.0, 3.0), (1.0, 2.0)], startup_s=4.0)
+    peer = measured("vllm", [(2.0, 1.5), (6.0, 4.5), (1.0, 2.0)])
+    found = ratios(graft, peer, WORKLOAD)
+    assert found["prefill"] == pytest.approx(2.0)
+    assert found["decode"] == pytest.approx(1.5)
+    assert found["startup"] == found["cold_startup"] == pytest.approx(4.0)
+    assert found["peak_memory"] == pytest.approx(1.0)
+    assert found["same_first_token"] == 1.0
+
+
+def test_report_has_medians_rounds_ratios_and_no_host_name() -> None:
+    seconds = [(1.0, 1.0), (2.0, 4.0), (4.0, 2.0)]
+    results = [measured(name, seconds) for name in ("graft", "vllm", "transformers")]
+    report = json.loads(json.dumps(as_json(results, WORKLOAD, {"enforce_eager": True})))
+    assert report["contenders"]["graft"]["prefill"] == 50.0
+    assert report["contenders"]["graft"]["decode"] == 10.0
+    assert len(report["contenders"]["vllm"]["rounds"]) == 3
+    assert set(report["ratios"]) == {"vllm", "transformers"}
+    assert report["ratios"]["vllm"]["decode"] == 1.0
+    assert os.uname().nodename not in json.dumps(report["machine"])
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"batch_size": 0}, {"prompt_len": 0}, {"rounds": 0}, {"output_len": 1}]
+)
+def test_workloads_that_measure_nothing_are_refused(sizes: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(sizes))):
+        Workload(**sizes)
+
+
+def test_prompts_repeat_by_seed_and_differ_between_rounds() -> None:
+    first = random_prompts(1, 3, 5, 100)
+    assert first == random_prompts(1, 3, 5, 100)
+    assert first != random_prompts(2, 3, 5, 100)
+    assert all(0 <= token < 100 for prompt in first for token in prompt)
+
+
+def entrants(user_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Contender]:
+    """Contenders of a run whose own process has registered a model and changed a setting."""
+    monkeypatch.setenv(registry.ENV, '{"Mine": {"target": "mine:build"}}')
+    monkeypatch.setenv(SPLIT_KV, "0")
+    made = contenders(
+        arch="Mine",
+        peers=["vllm", "transformers"],
+        llm={"model": "checkpoint"},
+        user_env=user_env,
+        cache=Path("cache"),
+    )
+    return {contender.name: contender for contender in made}
+
+
+def test_stock_peers_know_nothing_of_graft(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = entrants({}, monkeypatch)
+    assert "Mine" in made["graft"].env[registry.ENV]
+    assert made["graft"].llm["hf_overrides"] == {"architectures": ["Mine"]}
+    for name in ("vllm", "transformers"):
+        assert registry.ENV not in made[name].env
+        assert SPLIT_KV not in made[name].env
+        assert made[name].llm == {"model": "checkpoint", "model_impl": name}
+
+
+def test_what_the_user_set_reaches_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = entrants({SPLIT_KV: "1", "VLLM_CPU_KVCACHE_SPACE": "3"}, monkeypatch)
+    assert {c.env[SPLIT_KV] for c in made.values()} == {"1"}
+    assert {c.env["VLLM_CPU_KVCACHE_SPACE"] for c in made.values()} == {"3"}
+
+
+def test_compile_caches_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = entrants({}, monkeypatch)
+    assert len({c.env["VLLM_CACHE_ROOT"] for c in made.values()}) == 3
+    assert len({c.env["TORCHINDUCTOR_CACHE_DIR"] for c in made.values()}) == 3
+
+
+def test_machine_and_memory_have_plausible_units() -> None:
+    now, peak = rss_gib()
+    assert 0.001 < now <= peak < machine()["memory_gib"]
+    assert machine()["cores"] >= 1
+    assert versions()["python"] is not None
+
+
+@pytest.mark.slow
+@pytest.mark.engine
+def test_tiny_run_end_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    command = [sys.executable, "-m", "vllm_graft.cli", "bench", "--shape", "tiny"]
+    command += ["--arch", "Qwen3TorchTitan", "--against", "vllm", "--rounds", "1"]
+    command += ["--batch-size", "2", "--prompt-len", "16", "--output-len", "4"]
+    command += ["--dtype", "bfloat16", "--enforce-eager", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Graft over" in done.stdout
+    report: dict[str, Any] = json.loads(path.read_text())
+    figures = [report["ratios"]["vllm"][key] for key in ("prefill", "decode", "startup")]
+    assert all(math.isfinite(figure) and figure > 0 for figure in figures)
+    assert report["ratios"]["vllm"]["same_first_token"] == 1.0

@@ -33,12 +33,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny_qwen3")
     write_checkpoint("tiny", folder)
     words = {"<unk>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, 512)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))  # noqa: S106
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
-        eos_token="<eos>",  # noqa: S106
+        eos_token="<eos>",
     ).save_pretrained(folder)
     return folder
 
@@ -54,7 +54,7 @@ def served(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """Run the server in a process group of its own, and kill what is left of it at the end."""
     env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"}
     with log.open("wb") as sink:
-        process = subprocess.Popen(  # noqa: S603
+        process = subprocess.Popen(
             command, stdout=sink, stderr=sink, env=env, start_new_session=True
         )
     try:

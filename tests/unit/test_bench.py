@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from vllm_graft.bench.machine import machine, rss_gib, versions
-from vllm_graft.bench.report import as_json, ratios
+from vllm_graft.bench.machine import OtherLoad, machine, rss_gib, versions
+from vllm_graft.bench.report import as_json, ratios, tables
 from vllm_graft.bench.run import contenders
 from vllm_graft.bench.spec import Contender, Measured, Round, Workload
 from vllm_graft.bench.worker import random_prompts
@@ -64,6 +67,29 @@ def test_report_has_medians_rounds_ratios_and_no_host_name() -> None:
     assert set(report["ratios"]) == {"vllm", "transformers"}
     assert report["ratios"]["vllm"]["decode"] == 1.0
     assert os.uname().nodename not in json.dumps(report["machine"])
+
+
+def shown(other_load: float) -> str:
+    """The report on a terminal after rounds with this much load from others."""
+    results = [measured("graft", [(1.0, 1.0)]), measured("vllm", [(2.0, 2.0)])]
+    for result in results:
+        result.rounds = [replace(r, other_load=other_load) for r in result.rounds]
+    report = as_json(results, WORKLOAD, {"enforce_eager": True, "dtype": "bfloat16"})
+    console = Console(width=120, file=io.StringIO())
+    console.print(tables(report))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    return str(text)
+
+
+def test_tables_show_ratios_and_warn_of_a_busy_machine() -> None:
+    assert "2.00" in shown(other_load=0.0)
+    assert "Other processes" not in shown(other_load=0.0)
+    assert "Other processes used 50%" in shown(other_load=0.5)
+
+
+def test_other_load_leaves_out_this_process() -> None:
+    load = OtherLoad()
+    assert 0.0 <= load.share() <= 1.0
 
 
 @pytest.mark.parametrize(

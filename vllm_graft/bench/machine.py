@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,37 @@ def _cpu_info() -> dict[str, str]:
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
     pairs = (line.partition(":") for line in first.splitlines())
     return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+class OtherLoad:
+    """How much of the machine others used while this process worked.
+
+    Usable where `/proc/stat` is (Linux); elsewhere `share` is 0.
+    """
+
+    def __init__(self) -> None:
+        self._busy = _machine_busy_s()
+        self._own = time.process_time()
+        self._wall = time.perf_counter()
+
+    def share(self) -> float:
+        """Part of all cores' time since construction that went to others, 0 to 1."""
+        own = time.process_time() - self._own
+        busy = _machine_busy_s() - self._busy
+        available = (time.perf_counter() - self._wall) * (os.cpu_count() or 1)
+        return min(max((busy - own) / available, 0.0), 1.0)
+
+
+def _machine_busy_s() -> float:
+    """CPU seconds that all processes, the kernel and stolen time took since boot."""
+    path = Path("/proc/stat")
+    if not path.is_file():
+        return 0.0
+    user, nice, system, _idle, _iowait, *rest = map(
+        int, path.read_text().split("\n")[0].split()[1:9]
+    )
+    ticks = user + nice + system + sum(rest)
+    return ticks / float(os.sysconf("SC_CLK_TCK"))
 
 
 def rss_gib() -> tuple[float, float]:

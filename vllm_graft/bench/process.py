@@ -78,6 +78,7 @@ class Worker:
             prefill_s=reply["prefill_s"],
             total_s=reply["total_s"],
             first_tokens=tuple(reply["first_tokens"]),
+            other_load=reply["other_load"],
         )
 
     def memory(self) -> tuple[float, float]:

@@ -14,6 +14,8 @@ from vllm_graft.bench.machine import machine, versions
 from vllm_graft.bench.spec import GRAFT, Measured, Workload
 
 SCHEMA = 1
+QUIET = 0.1
+"""Part of the machine that others may use before the report warns."""
 
 
 def as_json(
@@ -47,6 +49,7 @@ def summary(result: Measured, workload: Workload) -> dict[str, Any]:
             "total_s": r.total_s,
             "prefill": r.prefill_rate(workload),
             "decode": r.decode_rate(workload),
+            "other_load": r.other_load,
         }
         for r in result.rounds
     ]
@@ -56,6 +59,7 @@ def summary(result: Measured, workload: Workload) -> dict[str, Any]:
         "cold_startup_s": result.cold_startup_s,
         "startup_s": result.startup_s,
         "engine_s": result.engine_s,
+        "other_load": median(r["other_load"] for r in rounds),
         "peak_rss_gib": result.peak_rss_gib,
         "rss_gib": result.rss_gib,
         "rounds": rounds,
@@ -95,7 +99,16 @@ _RATIOS = ("prefill", "decode", "cold_startup", "startup", "peak_memory")
 
 def tables(report: dict[str, Any]) -> Group:
     """The report for a terminal."""
-    return Group(_figures(report), _ratios(report)) if report["ratios"] else Group(_figures(report))
+    parts: list[Table | str] = [_figures(report)]
+    if report["ratios"]:
+        parts.append(_ratios(report))
+    load = max(row["other_load"] for row in report["contenders"].values())
+    if load > QUIET:
+        parts.append(
+            f"Other processes used {load:.0%} of the machine during the rounds: the ratios are "
+            "less certain, and tokens/s and start times are worse than on a quiet machine."
+        )
+    return Group(*parts)
 
 
 def _figures(report: dict[str, Any]) -> Table:

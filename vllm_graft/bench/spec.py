@@ -59,6 +59,8 @@ class Round:
     prefill_s: float
     total_s: float
     first_tokens: tuple[int, ...]
+    other_load: float = 0.0
+    """Part of the machine that other processes used meanwhile, 0 to 1."""
 
     def prefill_rate(self, workload: Workload) -> float:
         """Prompt tokens per second, up to the first new token."""

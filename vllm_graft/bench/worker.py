@@ -14,7 +14,7 @@ import sys
 import time
 from typing import Any
 
-from vllm_graft.bench.machine import rss_gib
+from vllm_graft.bench.machine import OtherLoad, rss_gib
 
 
 class Engine:
@@ -32,14 +32,16 @@ class Engine:
         return {"engine_s": time.perf_counter() - begun}
 
     def round(self, seed: int, batch_size: int, prompt_len: int, output_len: int) -> dict[str, Any]:
-        """Seconds to the first token of every prompt, and to the last token of all."""
+        """Seconds to the first token of every prompt, and to the last of all."""
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         prompts = random_prompts(seed, batch_size, prompt_len, vocabulary)
+        others = OtherLoad()
         prefill_s, first = self._generate(prompts, 1)
         total_s, _ = self._generate(prompts, output_len)
         return {
             "prefill_s": prefill_s,
             "total_s": total_s,
+            "other_load": others.share(),
             "first_tokens": [tokens[0] for tokens in first],
         }
 

@@ -1,9 +1,8 @@
 """Flash attention on CUDA: the training forward runs the serving kernel.
 
 Where vLLM is installed that is vLLM's flash-attention op over a scratch paged
-cache, and the backward recomputes through PyTorch's `varlen_attn`. Elsewhere
-it is `varlen_attn` for both, the same kernel that serves a gathered or paged
-cache. Either way the keys of one query are never split over thread blocks:
+cache, and the backward is PyTorch's flash kernel. Elsewhere both are PyTorch's
+`varlen_attn`. Either way the keys of one query are never split over thread blocks:
 how many blocks a kernel would choose depends on the batch, and another number
 adds up in another order (`num_splits` in torch's `varlen_attn`).
 
@@ -146,7 +145,7 @@ def window_of(spec: AttentionSpec) -> tuple[int, int]:
 
 
 class _EngineFlash(torch.autograd.Function):
-    """vLLM's op forward; backward by recomputation through `varlen_packed`."""
+    """The op of vLLM forward; PyTorch's flash kernel backward, from the same softmax sums."""
 
     @staticmethod
     def forward(
@@ -159,17 +158,34 @@ class _EngineFlash(torch.autograd.Function):
     ) -> torch.Tensor:
         from vllm_graft.serve._vllm_cuda import paged_flash
 
-        ctx.save_for_backward(q, k, v)
+        out, lse = paged_flash(q, k, v, cu_seqlens, spec.scale, window_of(spec), causal=spec.causal)
+        ctx.save_for_backward(q, k, v, out, lse)
         ctx.cu_seqlens, ctx.spec = cu_seqlens, spec
-        return paged_flash(q, k, v, cu_seqlens, spec.scale, window_of(spec), causal=spec.causal)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        leaves = q, k, v = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-        with torch.enable_grad():
-            out = varlen_packed(q, k, v, ctx.cu_seqlens, ctx.spec)
-        return (*torch.autograd.grad(out, leaves, grad_out), None, None)
+        borders = ctx.cu_seqlens.to(grad_out.device, non_blocking=True)
+        longest = max(int((ctx.cu_seqlens[1:] - ctx.cu_seqlens[:-1]).max()), MIN_MAX_Q)
+        left, right = window_of(ctx.spec)
+        no_dropout = torch.zeros(2, dtype=torch.uint64, device=grad_out.device)
+        grads = torch.ops.aten._flash_attention_backward(
+            grad_out.contiguous(),
+            *ctx.saved_tensors,
+            borders,
+            borders,
+            longest,
+            longest,
+            0.0,
+            (left, right) == (-1, 0),
+            no_dropout,
+            torch.empty(0, device=grad_out.device),
+            scale=ctx.spec.scale,
+            window_size_left=left,
+            window_size_right=right,
+        )
+        return (*grads, None, None)
 
 
 def _engine_op_fits(q: torch.Tensor) -> bool:

@@ -1,11 +1,16 @@
-"""vLLM's flash-attention op on CUDA (internals of vLLM, as `_vllm.py`).
+"""Flash-attention ops of vLLM on CUDA (internals of vLLM, as `_vllm.py`).
 
-Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim.
+Every call passes `num_splits=1`, which is what vLLM's backends pass under
+`VLLM_BATCH_INVARIANT=1`.
+
+Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim,
+R latent rank, P rope dims.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +31,20 @@ def flash_version(*, head_dim: int) -> int | None:
     return version
 
 
+class Layout(NamedTuple):
+    """Where the tokens of some samples lie in a paged cache; tensors on the device."""
+
+    cu_seqlens: torch.Tensor
+    """`[B + 1]` int32 borders of the queries."""
+    lengths: torch.Tensor
+    """`[B]` int32 cached tokens of every sample, its queries (the last ones) included."""
+    table: torch.Tensor
+    """`[B, M]` int32 pages of every sample."""
+    max_q: int
+    """Most queries and, below, most cached tokens of a sample."""
+    max_k: int
+
+
 def paged_flash(
     q_TNH: torch.Tensor,
     k_TKH: torch.Tensor,
@@ -35,98 +54,113 @@ def paged_flash(
     window: tuple[int, int],
     *,
     causal: bool,
-) -> torch.Tensor:
-    """The op of vLLM over a scratch paged cache, as its FlashAttention backend calls it.
-
-    `num_splits=1` is what the backend passes under `VLLM_BATCH_INVARIANT=1`.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend to packed samples as the engine does: over a (scratch) paged cache.
 
     Args:
-        q_TNH, k_TKH, v_TKH: flat tokens of all samples, on one CUDA device.
+        q_TNH: `[T, N, H]`; k_TKH, v_TKH: `[T, K, H]`, on one CUDA device.
         cu_seqlens: `[B + 1]` int32 borders on CPU.
         scale: softmax scale.
         window: keys seen to the left and right of a query, itself not counted.
         causal: whether queries see only keys at or before them.
 
     Returns:
-        `[T, N, H]`, without gradient.
+        Output `[T, N, H]` and the log of the softmax sums, `[N, T]` float32;
+        neither has a gradient.
     """
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    table, pages = _own_pages(lengths)
-    slots = _slots(lengths, table).to(q_TNH.device, non_blocking=True)
-    return flash_over_pages(
-        q_TNH,
-        _scatter(k_TKH, slots, pages),
-        _scatter(v_TKH, slots, pages),
-        table,
-        lengths,
-        cu_seqlens,
-        scale,
-        window,
-        causal=causal,
-    )
+    lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+    layout, slots, pages = _scratch(lengths, q_TNH.device)
+    k_pages, v_pages = (_scatter(x, slots, pages) for x in (k_TKH, v_TKH))
+    return flash_over_pages(q_TNH, k_pages, v_pages, layout, scale, window, causal=causal)
 
 
 def flash_over_pages(
     q_TNH: torch.Tensor,
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
-    table: torch.Tensor,
-    lengths: torch.Tensor,
-    cu_seqlens: torch.Tensor,
+    layout: Layout,
     scale: float,
     window: tuple[int, int],
     *,
     causal: bool,
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`paged_flash` over a cache that is there already.
 
+    `k_pages` and `v_pages` are `[pages, page size, K, H]`; the rest is as there.
+    """
+    version = flash_version(head_dim=q_TNH.shape[-1])
+    return _flash(
+        q_TNH, k_pages, v_pages, layout, scale, version, causal=causal, window_size=list(window)
+    )
+
+
+def latent_flash_over_pages(
+    q_TNR: torch.Tensor, latent_pages: torch.Tensor, rank: int, layout: Layout, scale: float
+) -> torch.Tensor:
+    """Causal MLA in the latent space, as vLLM's `FLASH_ATTN_MLA` backend decodes on Hopper.
+
     Args:
-        q_TNH: `[T, N, H]` queries; those of a sample are its last tokens.
-        k_pages, v_pages: `[pages, page size, K, H]`.
-        table: `[B, M]` int32 pages of every sample, on CPU as the two below.
-        lengths: `[B]` int32 tokens of every sample in the cache.
-        cu_seqlens: `[B + 1]` int32 borders of the queries.
+        q_TNR: `[T, N, R + P]`: queries times the key up-projection, then their rotated part.
+        latent_pages: `[pages, page size, R + P]` compressed keys and values, then rotated keys.
+        rank: R.
+        layout: as in `flash_over_pages`.
         scale: softmax scale.
-        window: keys seen to the left and right of a query, itself not counted.
-        causal: whether queries see only keys at or before them.
 
     Returns:
-        `[T, N, H]`, without gradient.
+        `[T, N, R]`, still to be multiplied by the value up-projection; without gradient.
     """
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
-    device = q_TNH.device
-    out: torch.Tensor = flash_attn_varlen_func(
-        q_TNH.contiguous(),
-        k_pages,
-        v_pages,
-        max_seqlen_q=int((cu_seqlens[1:] - cu_seqlens[:-1]).max()),
-        cu_seqlens_q=cu_seqlens.to(device, non_blocking=True),
-        max_seqlen_k=int(lengths.max()),
-        seqused_k=lengths.to(device, non_blocking=True),
-        softmax_scale=scale,
-        causal=causal,
-        window_size=list(window),
-        block_table=table.to(device, non_blocking=True),
-        num_splits=1,
-        fa_version=flash_version(head_dim=q_TNH.shape[-1]),
-    )
+    latent, rotated = latent_pages.unsqueeze(-2).tensor_split((rank,), dim=-1)
+    q_latent, q_rotated = q_TNR.tensor_split((rank,), dim=-1)
+    out, _ = _flash(q_rotated, rotated, latent, layout, scale, 3, causal=True, q_v=q_latent)
     return out
 
 
-def _own_pages(lengths: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Block table `[B, M]` int32 with pages of its own for every sample, and their number."""
-    needed = (lengths + PAGE_SIZE - 1) // PAGE_SIZE
+def _flash(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    layout: Layout,
+    scale: float,
+    version: int | None,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    out, lse = flash_attn_varlen_func(
+        q,
+        k_pages,
+        v_pages,
+        max_seqlen_q=layout.max_q,
+        cu_seqlens_q=layout.cu_seqlens,
+        max_seqlen_k=layout.max_k,
+        seqused_k=layout.lengths,
+        softmax_scale=scale,
+        block_table=layout.table,
+        return_softmax_lse=True,
+        num_splits=1,
+        fa_version=version,
+        **options,
+    )
+    return out, lse
+
+
+@lru_cache(maxsize=8)
+def _scratch(lengths: tuple[int, ...], device: torch.device) -> tuple[Layout, torch.Tensor, int]:
+    """Layout of whole samples in pages of their own, slot of every token `[T]`, number of pages.
+
+    Kept, because every layer of a model asks for the same one.
+    """
+    sizes = torch.tensor(lengths, dtype=torch.int32)
+    needed = (sizes + PAGE_SIZE - 1) // PAGE_SIZE
     first = torch.cumsum(needed, 0) - needed
     most, pages = max(int(needed.max()), 1), max(int(needed.sum()), 1)
-    table = first[:, None] + torch.arange(most)
-    return table.clamp_(max=pages - 1).to(torch.int32), pages
-
-
-def _slots(lengths: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Cache slot of every token, `[T]` int64."""
-    starts = table[:, 0].long() * PAGE_SIZE
-    return torch.cat([torch.arange(n) + s for n, s in zip(lengths.tolist(), starts, strict=True)])
+    table = (first[:, None] + torch.arange(most)).clamp_(max=pages - 1).to(torch.int32)
+    starts = (first * PAGE_SIZE).tolist()
+    slots = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
+    borders = torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(torch.int32)
+    borders, sizes, table = (x.to(device) for x in (borders, sizes, table))
+    layout = Layout(borders, sizes, table, max(lengths), max(lengths))
+    return layout, slots.to(device), pages
 
 
 def _scatter(x_TKH: torch.Tensor, slots: torch.Tensor, pages: int) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""`make demo`: train a small TorchTitan model, serve it in vLLM, check that the two agree."""

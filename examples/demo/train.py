@@ -1,0 +1,119 @@
+"""Training TorchTitan's Qwen3 with the attention that will serve it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers import Qwen3Config
+
+from examples.custom_models.qwen3_torchtitan import qwen3_config
+from examples.demo.text import VOCAB_SIZE, Corpus
+from vllm_graft import replace_with_trainable_attention
+
+MAX_LENGTH = 512
+
+QWEN3 = Qwen3Config(
+    architectures=["Qwen3ForCausalLM"],
+    vocab_size=VOCAB_SIZE,
+    hidden_size=256,
+    intermediate_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    head_dim=32,
+    max_position_embeddings=MAX_LENGTH,
+    tie_word_embeddings=True,
+    bos_token_id=None,
+    eos_token_id=0,
+    dtype="float32",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Schedule:
+    """How long and how fast to train."""
+
+    steps: int
+    rows: int = 4
+    length: int = 256
+    peak_lr: float = 3e-3
+    warmup: int = 20
+
+    def lr(self, step: int) -> float:
+        """Linear warm-up, then a cosine down to a tenth of the peak."""
+        if step < self.warmup:
+            return self.peak_lr * (step + 1) / self.warmup
+        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
+        return self.peak_lr * (0.55 + 0.45 * math.cos(math.pi * done))
+
+
+def build_model() -> Any:
+    """TorchTitan's model with its seam swapped, float32, freshly initialized."""
+    model: Any = qwen3_config(QWEN3, MAX_LENGTH).build()
+    model.init_weights()
+    replace_with_trainable_attention(model)
+    return model
+
+
+def next_token_loss(model: Any, tokens_BL: torch.Tensor) -> torch.Tensor:
+    """Mean cross entropy of every token given those before it in its row."""
+    logits_BLV = model(tokens_BL[:, :-1])
+    return F.cross_entropy(logits_BLV.flatten(0, 1), tokens_BL[:, 1:].flatten())
+
+
+def train(model: Any, corpus: Corpus, schedule: Schedule, console: Console) -> float:
+    """Train with AdamW and return the held-out loss in nats per token."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=schedule.peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    )
+    generator = torch.Generator().manual_seed(0)
+    with progress_bar(console) as progress:
+        task = progress.add_task("training", total=schedule.steps, loss=math.nan, speed=0.0)
+        for step in range(schedule.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            loss = next_token_loss(model, draw(corpus.train, schedule, generator))
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+            elapsed = progress.tasks[task].elapsed or math.inf
+            speed = (step + 1) * schedule.rows * schedule.length / elapsed
+            progress.update(task, advance=1, loss=loss.item(), speed=speed)
+    return held_out_loss(model, corpus.held_out, schedule)
+
+
+def draw(tokens: torch.Tensor, schedule: Schedule, generator: torch.Generator) -> torch.Tensor:
+    """A batch `[rows, length + 1]` from random places."""
+    last = len(tokens) - schedule.length - 1
+    starts = torch.randint(0, last, (schedule.rows,), generator=generator)
+    return torch.stack([tokens[start : start + schedule.length + 1] for start in starts.tolist()])
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, tokens: torch.Tensor, schedule: Schedule) -> float:
+    """Loss over the whole held-out text."""
+    width = schedule.length + 1
+    rows = tokens[: len(tokens) // width * width].view(-1, width)
+    parts = torch.split(rows, schedule.rows)
+    losses = [next_token_loss(model, part) * len(part) for part in parts]
+    return float(sum(losses)) / len(rows)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Bar, step count, loss and tokens per second."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[loss]:.2f}"),
+        TextColumn("{task.fields[speed]:,.0f} tokens/s"),
+        TimeElapsedColumn(),
+        console=console,
+    )

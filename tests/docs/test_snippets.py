@@ -20,6 +20,7 @@ import typer
 from tests.docs.markdown import ROOT, Block, blocks, commands, page_id, pages
 from tests.support import qwen3_checkpoint
 
+PYTEST = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m")
 NOT_RUN: dict[str, int] = {}
 """Pages with blocks marked `python no-run`, and how many; the block's line says why."""
 
@@ -70,6 +71,15 @@ def script_of(page: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_files(page: Path, folder: Path, checkpoint: Path) -> list[str]:
+    """Put the checkpoint and the page's titled blocks into `folder`; returns the test files."""
+    (folder / "checkpoint").symlink_to(checkpoint)
+    titled = [block for block in python_blocks(page) if block.title is not None]
+    for block in titled:
+        (folder / str(block.title)).write_text(block.code)
+    return [str(block.title) for block in titled if str(block.title).startswith("test_")]
+
+
 def run(folder: Path, *arguments: str) -> None:
     """Run Python as a user would who stands in `folder` and has the repository on the path."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(folder / ".cache")}
@@ -89,21 +99,19 @@ def run(folder: Path, *arguments: str) -> None:
 
 @pytest.mark.parametrize("page", pages_with_code())
 def test_python_blocks_run(page: Path, checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint").symlink_to(checkpoint)
-    files: dict[str, str] = {}
-    for block in python_blocks(page):
-        if block.title is not None:
-            files[block.title] = files.get(block.title, "") + block.code
-    for name, code in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(code)
+    tests = write_files(page, tmp_path, checkpoint)
     script = script_of(page)
     if script.strip():
         (tmp_path / "page.py").write_text(script)
         run(tmp_path, "page.py")
-    tests = [name for name in files if Path(name).name.startswith("test_")]
     if tests:
-        run(tmp_path, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+        run(tmp_path, *PYTEST, "not slow", *tests)
+
+
+@pytest.mark.slow
+def test_slow_tests_shown_in_the_docs_pass(checkpoint: Path, tmp_path: Path) -> None:
+    tests = write_files(ROOT / "docs/tests.md", tmp_path, checkpoint)
+    run(tmp_path, *PYTEST, "slow", *tests)
 
 
 def test_blocks_that_are_not_run_are_listed_with_a_reason() -> None:

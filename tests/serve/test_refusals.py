@@ -1,0 +1,125 @@
+"""What cannot be served is refused at start, with the reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vllm_graft
+from tests.support import engine
+from vllm_graft import VLLMModelForCausalLM, WeightError
+
+pytestmark = pytest.mark.engine
+
+
+def start(checkpoint, factory) -> None:
+    vllm_graft.register("Refused", factory)
+    with engine(checkpoint, "Refused", dtype="float32"):
+        pass
+
+
+@pytest.fixture
+def base(my_library):
+    import quick_start
+
+    return quick_start.MyCustomModelForCausalLM
+
+
+class Incomplete(VLLMModelForCausalLM):
+    def __init__(self, vllm_config, parallel_context=None):
+        super().__init__()
+
+    def get_input_embeddings(self, input_ids): ...
+    def compute_logits(self, hidden_states, sampling_metadata=None): ...
+    def load_weights(self, weights_iter): ...
+
+
+def test_a_missing_method_is_named(my_checkpoint):
+    with pytest.raises(TypeError, match="abstract method '?forward"):
+        start(my_checkpoint, Incomplete)
+
+
+def test_what_is_not_a_model_is_named(my_checkpoint):
+    with pytest.raises(TypeError, match="the factory returned dict, not an nn.Module"):
+        start(my_checkpoint, lambda config, context: {})
+    with pytest.raises(TypeError, match="Linear has no get_input_embeddings, compute_logits"):
+        start(my_checkpoint, lambda config, context: nn.Linear(2, 2))
+
+
+def test_multimodal_is_refused(my_checkpoint, base):
+    class Multimodal(base):
+        supports_multimodal = True
+
+    with pytest.raises(ValueError, match="supports_multimodal = True, but Graft serves text only"):
+        start(my_checkpoint, Multimodal)
+
+
+def test_a_model_whose_attention_was_not_swapped_is_refused(my_checkpoint, base, my_library):
+    class Unswapped(base):
+        def __init__(self, vllm_config, parallel_context=None):
+            VLLMModelForCausalLM.__init__(self)
+            self.model = my_library.MyModel(my_library.MyModelConfig(256, 128))
+
+    with pytest.raises(ValueError, match="Unswapped has no CoreAttention"):
+        start(my_checkpoint, Unswapped)
+
+
+def test_attention_that_runs_twice_in_a_forward_is_refused(my_checkpoint, base):
+    class Twice(base):
+        def __init__(self, vllm_config, parallel_context=None):
+            super().__init__(vllm_config, parallel_context)
+            self.model.layers.append(self.model.layers[0])
+
+    with pytest.raises(RuntimeError, match=r"layers.0.attention.core: this attention ran twice"):
+        start(my_checkpoint, Twice)
+
+
+def test_attention_that_never_runs_is_refused(my_checkpoint, base):
+    class Unused(base):
+        def __init__(self, vllm_config, parallel_context=None):
+            super().__init__(vllm_config, parallel_context)
+            self.spare = vllm_graft.CoreAttention(4, 2, 32)
+
+    with pytest.raises(RuntimeError, match="no forward reaches: spare"):
+        start(my_checkpoint, Unused)
+
+
+def test_logits_of_another_width_are_refused(my_checkpoint, base):
+    class Narrow(base):
+        def compute_logits(self, hidden_states, sampling_metadata=None):
+            return super().compute_logits(hidden_states)[:, :100]
+
+    with pytest.raises(RuntimeError, match=r"compute_logits returned \(1, 100\).*expected \(1, 256"):
+        start(my_checkpoint, Narrow)
+
+
+def test_a_forward_that_runs_on_neither_shape_shows_both_errors(my_checkpoint, base):
+    class Broken(base):
+        def forward(self, input_ids, positions=None, **kwargs):
+            raise ValueError(f"no {input_ids.dim()} dimensions")
+
+    with pytest.raises(RuntimeError, match=r"(?s)\[T\] tokens.*no 1 dim.*\[1, T\].*no 2 dim"):
+        start(my_checkpoint, Broken)
+
+
+@pytest.mark.parametrize("style", ["nothing", "all but one", "through data", "claims"])
+def test_parameters_without_a_value_are_refused_whatever_the_loader_returns(
+    my_checkpoint, base, style
+):
+    class Loader(base):
+        def load_weights(self, weights_iter):
+            if style in ("nothing", "claims"):
+                list(weights_iter)
+                claimed = {name for name, _ in self.named_parameters()}
+                return claimed if style == "claims" else None
+            for parameter in list(self.parameters())[1:]:
+                if style == "through data":
+                    parameter.data.copy_(torch.zeros_like(parameter))
+                else:
+                    with torch.no_grad():
+                        parameter.zero_()
+            return None
+
+    with pytest.raises(WeightError, match=r"(?s)left without a value:\n  model.tok_embeddings"):
+        start(my_checkpoint, Loader)

@@ -72,7 +72,7 @@ class _Finder:
             return self._hooked_registry(name, path)
         if name in (API_MODULE, OLD_MODULE):
             # A vLLM release that ships the module itself comes first.
-            loader = _ApiLoader() if name == API_MODULE else _OldPathLoader()
+            loader: Any = _ApiLoader() if name == API_MODULE else _OldPathLoader()
             return PathFinder.find_spec(name, path) or ModuleSpec(name, loader, origin=__file__)
         return None
 

@@ -8,7 +8,9 @@ decoder was measured to agree.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import MethodType
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +29,7 @@ def make_exact(model: nn.Module) -> None:
     for module in model.modules():
         for kind, forward in _EXACT.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
-                module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+                module.forward = MethodType(forward, module)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -73,7 +75,7 @@ def _layer_norm_forward(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
-_EXACT = {
+_EXACT: dict[Any, Callable[..., torch.Tensor]] = {
     nn.Linear: _linear_forward,
     nn.RMSNorm: _rms_norm_forward,
     nn.LayerNorm: _layer_norm_forward,
@@ -88,7 +90,7 @@ def _compiled_serving() -> bool:
 # Opaque to the compiler, so that it keeps the eager kernels. No autograd: traced
 # only with gradients off.
 _LIBRARY = torch.library.Library("vllm_graft", "DEF")
-_OPS = {
+_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor": (
         linear,
         lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),

@@ -48,11 +48,11 @@ class ParallelContext:
         return 0 if group is None else dist.get_rank(group)
 
     def get_tp_process_group(self) -> dist.ProcessGroup | None:
-        """vLLM's tensor-parallel device group, or None before it exists."""
+        """VLLM's tensor-parallel device group, or None before it exists."""
         return _group("tp")
 
     def get_pp_process_group(self) -> dist.ProcessGroup | None:
-        """vLLM's pipeline-parallel device group, or None before it exists."""
+        """VLLM's pipeline-parallel device group, or None before it exists."""
         return _group("pp")
 
 
@@ -61,4 +61,5 @@ def _group(axis: str) -> dist.ProcessGroup | None:
         return None
     from vllm_graft.serve._vllm import process_group
 
-    return process_group(axis)
+    group: dist.ProcessGroup | None = process_group(axis)
+    return group

@@ -33,10 +33,9 @@ def whole_table(table: torch.Tensor) -> torch.Tensor:
     slice is a view of. A slice that does not start at the table's first row,
     or a copy, is returned as it is.
     """
-    if torch.compiler.is_compiling() or not table._is_view():
+    base = None if torch.compiler.is_compiling() else table._base
+    if base is None:
         return table
-    base = table._base
-    assert base is not None
     same_layout = base.dim() == 2 and base.dtype == table.dtype and base.stride() == table.stride()
     if same_layout and table.storage_offset() == base.storage_offset():
         return base

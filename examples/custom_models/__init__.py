@@ -1,0 +1,1 @@
+"""Custom models, one file per family and architecture."""

@@ -79,7 +79,8 @@ class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
         for layer in self.model.layers.values():
             h_BLD = layer(h_BLD, None, positions_BL)
         h_BLD = self.model.norm(h_BLD)
-        return h_BLD[0] if flat else h_BLD
+        hidden: torch.Tensor = h_BLD[0] if flat else h_BLD
+        return hidden
 
     def compute_logits(
         self, hidden_states: torch.Tensor, sampling_metadata: Any = None
@@ -156,7 +157,9 @@ def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init:
         wqkv_param_init=init,
         wo_param_init=init,
         # TorchTitan counts the keys before the query, Hugging Face the query too.
-        inner_attention=VarlenAttention.Config(window_size=(-1 if window is None else window - 1, 0)),
+        inner_attention=VarlenAttention.Config(
+            window_size=(-1 if window is None else window - 1, 0)
+        ),
         fuse_qkv=False,
         rope=CosSinRoPE.Config(
             dim=head_dim, max_seq_len=max_seq_len, theta=hf_config.rope_parameters["rope_theta"]

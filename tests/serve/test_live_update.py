@@ -88,7 +88,9 @@ def test_a_partial_update_is_refused_and_so_is_serving_after_it(checkpoint):
     tensors = changed(checkpoint)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     with engine(checkpoint, ARCH, dtype="float32") as llm:
-        with pytest.raises(WeightError, match=r"(?s)1 param.*model.layers.1.feed_forward.w3.weight"):
+        with pytest.raises(
+            WeightError, match=r"(?s)1 param.*model.layers.1.feed_forward.w3.weight"
+        ):
             update(llm, tensors, one_by_one=True)
         with pytest.raises(WeightError, match="refuses to serve"):
             adapter(llm)(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))

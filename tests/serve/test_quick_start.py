@@ -21,7 +21,7 @@ def registered(my_library):
 def test_it_gives_the_originals_tokens_far_beyond_the_sliced_table(
     registered, my_model, my_checkpoint
 ):
-    """The model slices its RoPE table by the tokens of a step, takes [B, L] and knows no positions."""
+    """The model takes [B, L], slices its RoPE table by L and knows no positions."""
     tokens = prompts((1, 4, 60, 200, 300), vocab_size=256)
     want = [greedy(my_model, prompt, 20) for prompt in tokens]
     with engine(my_checkpoint, dtype="float32") as llm:

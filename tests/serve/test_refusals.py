@@ -90,7 +90,9 @@ def test_logits_of_another_width_are_refused(my_checkpoint, base):
         def compute_logits(self, hidden_states, sampling_metadata=None):
             return super().compute_logits(hidden_states)[:, :100]
 
-    with pytest.raises(RuntimeError, match=r"compute_logits returned \(1, 100\).*expected \(1, 256"):
+    with pytest.raises(
+        RuntimeError, match=r"compute_logits returned \(1, 100\).*expected \(1, 256"
+    ):
         start(my_checkpoint, Narrow)
 
 

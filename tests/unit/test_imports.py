@@ -8,11 +8,18 @@ import vllm_graft
 from tests.support import python
 from vllm_graft import _bootstrap
 
-SPEC_NAMES = """
-    VLLMModelForCausalLM TrainableFlashAttention TrainableMLA MLAConfig
-    replace_with_trainable_attention load_external_weights convert_freqs_cis_to_real
-    store_positions_in_context create_mla_kv_cache_spec ParallelContext
-""".split()
+SPEC_NAMES = [
+    "VLLMModelForCausalLM",
+    "TrainableFlashAttention",
+    "TrainableMLA",
+    "MLAConfig",
+    "replace_with_trainable_attention",
+    "load_external_weights",
+    "convert_freqs_cis_to_real",
+    "store_positions_in_context",
+    "create_mla_kv_cache_spec",
+    "ParallelContext",
+]
 
 
 def test_importing_the_package_loads_neither_torch_nor_vllm():

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support import python
 from vllm_graft.serve import registry
-from vllm_graft.serve.importing import Importable, Unnameable, locate, name_of
+from vllm_graft.serve.importing import Importable, UnnameableError, locate, name_of
 from vllm_graft.serve.registry import RegistrationError, factory_of, register, registrations
 
 
@@ -102,13 +102,13 @@ def test_an_unknown_architecture_lists_the_known():
 def test_names_in_the_main_script(tmp_path):
     script = tmp_path / "main_script.py"
     script.write_text(
-        "from vllm_graft.serve.importing import name_of, Unnameable\n"
+        "from vllm_graft.serve.importing import name_of, UnnameableError\n"
         "def top(): ...\n"
         "if __name__ == '__main__':\n"
         "    def guarded(): ...\n"
         "    print(name_of(top).target)\n"
         "    try: name_of(guarded)\n"
-        "    except Unnameable as why: print(why)\n"
+        "    except UnnameableError as why: print(why)\n"
     )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, check=True)
     first, second = done.stdout.splitlines()
@@ -123,7 +123,7 @@ def test_an_interactive_definition_has_no_name():
         "try: name_of(here)\n"
         "except Exception as why: print(type(why).__name__, why)"
     )
-    assert "Unnameable here is defined in an interactive session" in python(code).stdout
+    assert "UnnameableError here is defined in an interactive session" in python(code).stdout
 
 
 def test_locate_prefers_the_recorded_file_over_a_namesake(tmp_path):
@@ -133,7 +133,7 @@ def test_locate_prefers_the_recorded_file_over_a_namesake(tmp_path):
 
 
 def test_lambdas_are_unnameable():
-    with pytest.raises(Unnameable):
+    with pytest.raises(UnnameableError):
         name_of(lambda: 0)
     with pytest.raises(TypeError):
         name_of(5)

@@ -109,12 +109,13 @@ class CoreAttention(nn.Module):
             ValueError: shapes that disagree with the module's heads, or bad borders.
         """
         self._check(q, k, v)
-        flat = [x.flatten(0, 1) if x.dim() == 4 else x for x in (q.to(v.dtype), k.to(v.dtype), v)]
+        same_dtype = (q.to(v.dtype), k.to(v.dtype), v)
+        flat_q, flat_k, flat_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in same_dtype)
         if self._paged is not None and self._paged.active():
-            return self._paged(*flat).view(q.shape)
+            return self._paged(flat_q, flat_k, flat_v).view(q.shape)
         borders = sample_borders(q.shape[:-2], cu_seqlens)
         dropout = self.dropout if self.training else 0.0
-        return attend(*flat, borders, self.spec, dropout).view(q.shape)
+        return attend(flat_q, flat_k, flat_v, borders, self.spec, dropout).view(q.shape)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         lead = q.shape[:-2]
@@ -129,6 +130,7 @@ class CoreAttention(nn.Module):
             )
 
     def extra_repr(self) -> str:
+        """Heads, scale and window, for `print(model)`."""
         return (
             f"num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, scale={self.spec.scale:.6g}, "

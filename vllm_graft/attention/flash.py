@@ -159,7 +159,5 @@ class TrainableFlashAttention(nn.Module):
 
     def _rope(self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, 1) if x.dim() == 4 else x
-        rotated = apply_rope(
-            flat, whole_table(table), positions, interleaved=self.rope_interleaved
-        )
+        rotated = apply_rope(flat, whole_table(table), positions, interleaved=self.rope_interleaved)
         return rotated.view(x.shape)

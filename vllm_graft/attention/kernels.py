@@ -95,29 +95,29 @@ class _EngineAttention(torch.autograd.Function):
         cu_seqlens: torch.Tensor,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        from vllm_graft.serve._vllm import cpu_attention
+        from vllm_graft.serve import _vllm_cpu
 
         ctx.save_for_backward(q, k, v)
         ctx.cu_seqlens, ctx.spec = cu_seqlens, spec
-        return cpu_attention(
+        return _vllm_cpu.paged_attention(
             q, k, v, cu_seqlens, spec.scale, causal=spec.causal, sliding_window=spec.sliding_window
         )
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
         with torch.enable_grad():
-            out = sdpa_packed(*leaves, ctx.cu_seqlens, ctx.spec)
-        return (*torch.autograd.grad(out, leaves, grad_out), None, None)
+            out = sdpa_packed(q, k, v, ctx.cu_seqlens, ctx.spec)
+        return (*torch.autograd.grad(out, (q, k, v), grad_out), None, None)
 
 
 def _engine_kernel_fits(q: torch.Tensor) -> bool:
     if q.device.type != "cpu" or find_spec("vllm") is None:
         return False
-    from vllm_graft.serve._vllm import cpu_attention_supports
+    from vllm_graft.serve import _vllm_cpu
 
-    return cpu_attention_supports(head_size=q.shape[-1], dtype=q.dtype)
+    return _vllm_cpu.supports(head_size=q.shape[-1], dtype=q.dtype)
 
 
 def attend(
@@ -146,5 +146,7 @@ def attend(
         return cuda_attention(q_TNH, k_TKH, v_TKH, cu_seqlens, spec)
     if dropout > 0.0 or not _engine_kernel_fits(q_TNH):
         return sdpa_packed(q_TNH, k_TKH, v_TKH, cu_seqlens, spec, dropout)
-    out: torch.Tensor = _EngineAttention.apply(q_TNH, k_TKH, v_TKH, cu_seqlens, spec)
+    out: torch.Tensor = _EngineAttention.apply(  # type: ignore[no-untyped-call]
+        q_TNH, k_TKH, v_TKH, cu_seqlens, spec
+    )
     return out

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.flash import token_positions
-from vllm_graft.attention.kernels import AttentionSpec, sdpa_packed, sample_borders
+from vllm_graft.attention.kernels import AttentionSpec, sample_borders, sdpa_packed
 from vllm_graft.rope import apply_rope, whole_table
 
 
@@ -117,7 +117,7 @@ class TrainableMLA(nn.Module):
 def create_mla_kv_cache_spec(
     kv_lora_rank: int, qk_rope_head_dim: int, block_size: int, dtype: torch.dtype
 ) -> Any:
-    """vLLM's KV-cache spec for one MLA layer.
+    """VLLM's KV-cache spec for one MLA layer.
 
     Per token the cache holds one vector of `kv_lora_rank + qk_rope_head_dim`
     numbers, shared by all heads.

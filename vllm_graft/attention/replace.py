@@ -94,10 +94,14 @@ def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _swap_layer(name: str, layer: nn.Module, use_mla: bool) -> tuple[LayerSwap, bool]:
-    slot = next((s for s in _ATTENTION_NAMES if isinstance(getattr(layer, s, None), nn.Module)), None)
+    slot = next(
+        (s for s in _ATTENTION_NAMES if isinstance(getattr(layer, s, None), nn.Module)), None
+    )
     if slot is None:
         children = ", ".join(child for child, _ in layer.named_children()) or "none"
-        raise ValueError(f"{name}: no attention found (looked for {_ATTENTION_NAMES}, got {children})")
+        raise ValueError(
+            f"{name}: no attention found (looked for {_ATTENTION_NAMES}, got {children})"
+        )
     attention = getattr(layer, slot)
     where = f"{name}.{slot}"
     _check_mla(where, attention, use_mla)
@@ -131,14 +135,20 @@ def _describe(where: str, kind: str, core: CoreAttention) -> LayerSwap:
 def _check_mla(where: str, attention: nn.Module, use_mla: bool) -> None:
     has_mla = hasattr(attention, "wkv_a")
     if use_mla and not has_mla:
-        raise ValueError(f"{where}: use_mla=True, but {type(attention).__name__} has no latent "
-                         "projection wkv_a; call with use_mla=False")
+        raise ValueError(
+            f"{where}: use_mla=True, but {type(attention).__name__} has no latent "
+            "projection wkv_a; call with use_mla=False"
+        )
     if has_mla and not use_mla:
-        raise ValueError(f"{where}: {type(attention).__name__} is latent attention (it has wkv_a); "
-                         "call with use_mla=True")
+        raise ValueError(
+            f"{where}: {type(attention).__name__} is latent attention (it has wkv_a); "
+            "call with use_mla=True"
+        )
     if has_mla:
-        raise ValueError(f"{where}: swapping latent attention is not in this release; "
-                         "TrainableMLA can be built by hand and trained")
+        raise ValueError(
+            f"{where}: swapping latent attention is not in this release; "
+            "TrainableMLA can be built by hand and trained"
+        )
 
 
 def _check_count(model: nn.Module, found: int) -> None:

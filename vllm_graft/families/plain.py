@@ -133,9 +133,7 @@ def _check_causal(name: str, mask: Any) -> None:
         return
     allowed = mask if mask.dtype == torch.bool else mask == 0
     rows, columns = mask.shape[-2:]
-    if rows != columns or not torch.equal(
-        allowed, torch.ones_like(allowed).tril()
-    ):
+    if rows != columns or not torch.equal(allowed, torch.ones_like(allowed).tril()):
         raise ValueError(
             f"{name} {tuple(mask.shape)} is not the plain causal mask; use vllm_graft.packed(...) "
             "for packed samples"

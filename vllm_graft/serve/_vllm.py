@@ -1,5 +1,8 @@
 """Everything Graft uses of vLLM's internals, and nothing else.
 
+The kernels of the training forward are beside it, in `_vllm_cpu.py` and
+`_vllm_cuda.py`.
+
 Tested with vLLM 0.29 to 0.32 by `tests/contract`. Each entry says what it
 relies on and when it can go.
 """
@@ -111,7 +114,7 @@ def give_hf_config(vllm_config: Any) -> None:
 
 
 def process_group(axis: str) -> Any:
-    """vLLM's device group for `"tp"` or `"pp"`, or None before it exists."""
+    """VLLM's device group for `"tp"` or `"pp"`, or None before it exists."""
     from vllm.distributed import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():
@@ -157,7 +160,7 @@ def paged_attention_layer(
     # Without a window of its own a layer takes the checkpoint's; the module knows better.
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.sliding_window = None
-    layer = _layer_class()(
+    layer: nn.Module = _layer_class()(
         num_heads=num_heads,
         head_size=head_size,
         scale=scale,
@@ -167,7 +170,7 @@ def paged_attention_layer(
         per_layer_sliding_window=sliding_window,
         prefix=prefix,
     )
-    layer.on_weights_ready = on_weights_ready
+    layer.on_weights_ready = on_weights_ready  # type: ignore[assignment]
     return layer
 
 
@@ -189,9 +192,7 @@ def mla_kv_cache_spec(*, head_size: int, block_size: int, dtype: torch.dtype) ->
     """`MLAAttentionSpec` with the one latent vector per token that MLA caches."""
     from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-    return MLAAttentionSpec(
-        block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=dtype
-    )
+    return MLAAttentionSpec(block_size=block_size, num_kv_heads=1, head_size=head_size, dtype=dtype)
 
 
 def compiled(module_class: type[nn.Module]) -> type[nn.Module]:
@@ -223,97 +224,3 @@ def emulate_eager_rounding(vllm_config: Any) -> None:
     """
     config = vllm_config.compilation_config.inductor_compile_config
     config.setdefault("emulate_precision_casts", True)
-
-
-# --- the CPU attention kernel, for the training forward ---------------------
-
-_BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
-
-
-@functools.cache
-def cpu_attention_supports(*, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether vLLM's CPU attention kernel takes this head size and dtype."""
-    from vllm.platforms import current_platform
-
-    if not current_platform.is_cpu():
-        return False
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend as Backend
-
-    sizes = Backend.get_supported_head_sizes()
-    return head_size in sizes and dtype in Backend.supported_dtypes
-
-
-def cpu_attention(
-    q_TNH: torch.Tensor,
-    k_TKH: torch.Tensor,
-    v_TKH: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool,
-    sliding_window: int | None,
-) -> torch.Tensor:
-    """The engine's attention kernel over a scratch KV cache, without gradient.
-
-    Args:
-        q_TNH, k_TKH, v_TKH: flat tokens of all samples.
-        cu_seqlens: `[B + 1]` int32 borders of the samples.
-
-    Returns:
-        `[T, N, H]`, bit-equal to what the engine computes for the same tokens.
-    """
-    from vllm import _custom_ops as ops
-    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
-
-    (num_tokens, num_heads, head_size), num_kv_heads = q_TNH.shape, k_TKH.shape[1]
-    window = -1 if sliding_window is None else sliding_window
-    isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    block_table, slots, num_blocks = _scratch_blocks(lengths)
-    cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
-    key_cache, value_cache = cache.chunk(2, dim=2)
-    ops.cpu_attn_reshape_and_cache(
-        k_TKH.contiguous(), v_TKH.contiguous(), key_cache, value_cache, slots, isa
-    )
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_size,
-        seq_lens=lengths,
-        dtype=q_TNH.dtype,
-        query_start_loc=cu_seqlens,
-        causal=causal,
-        sliding_window_size=window,
-        isa=isa,
-        enable_kv_split=False,
-    )
-    out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
-    ops.cpu_attention_with_kv_cache(
-        query=q_TNH.contiguous(),
-        key_cache=key_cache,
-        value_cache=value_cache,
-        output=out,
-        query_start_loc=cu_seqlens,
-        seq_lens=lengths,
-        scale=scale,
-        causal=causal,
-        alibi_slopes=None,
-        sliding_window=window,
-        block_table=block_table,
-        softcap=0.0,
-        scheduler_metadata=schedule,
-        s_aux=None,
-    )
-    return out
-
-
-def _scratch_blocks(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Block table `[B, M]` int32, slot of every token `[T]` int64, number of blocks."""
-    per_sample = (lengths + _BLOCK_SIZE - 1) // _BLOCK_SIZE
-    first = torch.cumsum(per_sample, 0) - per_sample
-    most = max(int(per_sample.max()), 1)
-    table = (first[:, None] + torch.arange(most)).to(torch.int32)
-    num_blocks = max(int(per_sample.sum()), 1)
-    offsets = [torch.arange(n) + start * _BLOCK_SIZE for n, start in zip(lengths.tolist(), first.tolist(), strict=True)]
-    return table.clamp_(max=num_blocks - 1), torch.cat(offsets).long(), num_blocks

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,8 +13,8 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.mla import TrainableMLA
-from vllm_graft.parallel import ParallelContext
 from vllm_graft.exact import make_exact
+from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm
 from vllm_graft.serve.body import find_layout, make_body
@@ -150,7 +149,7 @@ class GraftForCausalLM(nn.Module):
             self._reports = []
 
     def _weights_ready(self) -> None:
-        """vLLM says that the initial load or a whole live update is complete."""
+        """VLLM says that the initial load or a whole live update is complete."""
         if self._sentinels is not None:
             unwritten = self._sentinels.unwritten()
             self._sentinels.remove()
@@ -187,19 +186,21 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
         ValueError: it asks for what Graft does not do.
     """
     _vllm.give_hf_config(vllm_config)
-    factory = factory_of(arch)
+    factory: Any = factory_of(arch)
     context = ParallelContext.from_config(vllm_config.parallel_config)
     with parameters_as(vllm_config.model_config.dtype):
-        if inspect.isclass(factory):
-            model = factory(vllm_config=vllm_config, parallel_context=context)
-        else:
-            model = factory(vllm_config, context)
+        model: Any = (
+            factory(vllm_config=vllm_config, parallel_context=context)
+            if isinstance(factory, type)
+            else factory(vllm_config, context)
+        )
     _check_model(arch, model)
     keep_table_precision(model, {})
     make_exact(model)
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
     _vllm.emulate_eager_rounding(vllm_config)
-    return model
+    built: nn.Module = model
+    return built
 
 
 def _check_model(arch: str, model: Any) -> None:
@@ -224,7 +225,9 @@ def model_digest(arch: str, model: nn.Module) -> str:
     digest = hashlib.sha256(arch.encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))}
-        digest.update(f"{name}|{type(module).__qualname__}|{sorted(plain.items(), key=str)}".encode())
+        digest.update(
+            f"{name}|{type(module).__qualname__}|{sorted(plain.items(), key=str)}".encode()
+        )
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
     return digest.hexdigest()

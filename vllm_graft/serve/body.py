@@ -73,7 +73,7 @@ def find_layout(
     Raises:
         RuntimeError: it takes neither; both errors are in the text.
     """
-    failures = []
+    failures: list[tuple[str, Exception | None]] = []
     for batched, wanted in ((False, 2), (True, 3)):
         before_try()
         shape = "[1, T]" if batched else "[T]"

@@ -14,7 +14,7 @@ from typing import Any
 _MAIN_NAMES = ("__main__", "__mp_main__")
 
 
-class Unnameable(Exception):
+class UnnameableError(Exception):
     """An object that no import string leads to; the text says why."""
 
 
@@ -48,16 +48,16 @@ def name_of(thing: Any) -> Importable:
 
     Raises:
         TypeError: not callable.
-        Unnameable: a lambda, nested function, partial or instance, or something
+        UnnameableError: a lambda, nested function, partial or instance, or something
             defined where a child process does not execute it.
     """
     if not callable(thing):
         raise TypeError(f"expected a factory (callable) or an import string, got {thing!r}")
     name = getattr(thing, "__qualname__", None)
     if name is None:
-        raise Unnameable(f"{thing!r} is an object without a name of its own")
+        raise UnnameableError(f"{thing!r} is an object without a name of its own")
     if "<lambda>" in name or "<locals>" in name:
-        raise Unnameable(f"{name} is defined inside a function or is a lambda")
+        raise UnnameableError(f"{name} is defined inside a function or is a lambda")
     module = sys.modules.get(thing.__module__)
     path = getattr(module, "__file__", None)
     if thing.__module__ in _MAIN_NAMES:
@@ -65,13 +65,11 @@ def name_of(thing: Any) -> Importable:
     return Importable(target=f"{thing.__module__}:{name}", path=path)
 
 
-def _name_in_main(
-    thing: Any, name: str, module: ModuleType | None, path: str | None
-) -> Importable:
+def _name_in_main(thing: Any, name: str, module: ModuleType | None, path: str | None) -> Importable:
     if path is None or not Path(path).is_file():
-        raise Unnameable(f"{name} is defined in an interactive session")
+        raise UnnameableError(f"{name} is defined in an interactive session")
     if _is_guarded(path, name):
-        raise Unnameable(f"{name} is defined under if __name__ == '__main__' in {path}")
+        raise UnnameableError(f"{name} is defined under if __name__ == '__main__' in {path}")
     spec = getattr(module, "__spec__", None)
     if spec is not None and spec.name not in _MAIN_NAMES:
         return Importable(target=f"{spec.name}:{name}", path=path)
@@ -107,7 +105,11 @@ def _module(name: str, path: str | None) -> ModuleType:
     for main in _MAIN_NAMES:
         module = sys.modules.get(main)
         same_file = path is not None and getattr(module, "__file__", None) is not None
-        if module is not None and same_file and Path(module.__file__ or "").resolve() == Path(path or ""):
+        if (
+            module is not None
+            and same_file
+            and Path(module.__file__ or "").resolve() == Path(path or "")
+        ):
             return module
     if name not in _MAIN_NAMES:
         loaded = _import_by_name(name, path)

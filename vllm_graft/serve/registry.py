@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from vllm_graft import _bootstrap
-from vllm_graft.serve.importing import Importable, Unnameable, locate, name_of
+from vllm_graft.serve.importing import Importable, UnnameableError, locate, name_of
 
 ENV = "VLLM_GRAFT_MODELS"
 Factory = Callable[..., Any]
@@ -90,7 +90,7 @@ def register(arch: str, factory: Factory | str) -> None:
 def _named(arch: str, factory: Factory | str) -> Registration:
     try:
         found = Importable.parse(factory) if isinstance(factory, str) else name_of(factory)
-    except Unnameable as reason:
+    except UnnameableError as reason:
         return Registration(target=None, reason=str(reason))
     except (TypeError, ValueError) as error:
         raise RegistrationError(f"{arch}: {error}") from None

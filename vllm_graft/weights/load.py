@@ -51,6 +51,7 @@ class LoadResult(tuple[int, int]):
     report: LoadReport
 
     def __new__(cls, report: LoadReport) -> LoadResult:
+        """The counts of `report`."""
         self = super().__new__(cls, (len(report.loaded), len(report.skipped)))
         self.report = report
         return self
@@ -109,7 +110,7 @@ def load_external_weights(
         loader.take(name, tensor)
     report = loader.report
     if verbose:
-        print(report)
+        print(report)  # noqa: T201 - what `verbose` is for
     if _Accounting.later is not None:
         _Accounting.later.append(report)
     elif report.missing:
@@ -120,7 +121,9 @@ def load_external_weights(
 def missing_text(missing: list[str], skipped: list[str]) -> str:
     """The error for parameters without a value, with what the checkpoint offers instead."""
     lines = [f"{len(missing)} parameters were left without a value:"]
-    lines += [f"  {name} (checkpoint tensors not mapped: {nearest(name, skipped)})" for name in missing]
+    lines += [
+        f"  {name} (checkpoint tensors not mapped: {nearest(name, skipped)})" for name in missing
+    ]
     return "\n".join(lines)
 
 
@@ -166,10 +169,10 @@ class _Loader:
         if id(param) in self._source:
             first_name, first_target = self._source[id(param)]
             if first_target == target or not _same(param, tensor):
-                raise WeightError(
-                    f"{where}: it was already loaded from {first_name!r}"
-                    + ("" if first_target == target else f" as {first_target!r} (tied), with other values")
+                alias = (
+                    "" if first_target == target else f" as {first_target!r} (tied), other values"
                 )
+                raise WeightError(f"{where}: it was already loaded from {first_name!r}{alias}")
         else:
             _copy(where, param, tensor)
         self._source.setdefault(id(param), (name, target))

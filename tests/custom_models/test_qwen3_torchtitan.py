@@ -1,0 +1,88 @@
+"""The Qwen3 example as its users test it: creation, forward, config mapping, script."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from examples.custom_models.qwen3_torchtitan import (
+    ARCH,
+    Qwen3TorchTitanForCausalLM,
+    build_qwen3_torchtitan,
+    refuse_unsupported,
+)
+from tests.support import qwen3_checkpoint, relative_error
+
+
+def config(**overrides):
+    from transformers import Qwen3Config
+
+    sizes = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+    }  # fmt: skip
+    return Qwen3Config(**(sizes | overrides))
+
+
+def vllm_config(hf_config, dtype=torch.float32):
+    model_config = SimpleNamespace(max_model_len=128, dtype=dtype)
+    return SimpleNamespace(hf_config=hf_config, model_config=model_config)
+
+
+def test_creation_and_forward_outside_vllm():
+    model = Qwen3TorchTitanForCausalLM(vllm_config(config()))
+    flat = model(torch.arange(9))
+    assert flat.shape == (9, 64)
+    assert torch.equal(model(torch.arange(9)[None])[0], flat)
+    assert model.compute_logits(flat).shape == (9, 64)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_it_computes_what_transformers_computes(tied, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import Qwen3ForCausalLM
+
+    overrides = {
+        "tie_word_embeddings": tied, "rope_parameters": {"rope_type": "default", "rope_theta": 5e4},
+        "rms_norm_eps": 1e-4,
+    }  # fmt: skip
+    checkpoint = qwen3_checkpoint(tmp_path, **overrides)
+    reference = Qwen3ForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    model = build_qwen3_torchtitan(vllm_config(reference.config), None)
+    model.load_weights(load_file(checkpoint / "model.safetensors").items())
+    tokens = torch.randint(0, 512, (2, 40))
+    # fp32 through three layers, other kernels for norm, RoPE and attention.
+    want = reference(tokens).logits
+    assert relative_error(model.compute_logits(model(tokens)), want) < 1e-5
+
+
+def test_the_factory_casts_without_ruining_rope():
+    model = build_qwen3_torchtitan(vllm_config(config(), torch.bfloat16), None)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert model.model.layers["0"].attention.rope.cache.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("overrides", "text"),
+    [
+        ({"attention_bias": True}, r"attention_bias=True \(supported: False\)"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ({"attention_dropout": 0.1}, "attention_dropout=0.1"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                                 "original_max_position_embeddings": 32}},
+            "rope_parameters.rope_type='yarn'",
+        ),
+    ],
+)  # fmt: skip
+def test_fields_it_cannot_honour_are_refused_by_name(overrides, text):
+    with pytest.raises(ValueError, match=text):
+        refuse_unsupported(config(**overrides))
+
+
+def test_tensor_parallelism_is_refused():
+    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 2)
+    with pytest.raises(ValueError, match=f"{ARCH}: tensor_parallel_size=2 is not supported"):
+        build_qwen3_torchtitan(vllm_config(config()), context)

@@ -1,0 +1,93 @@
+"""Building and casting without ruining tables; layers whose rows do not depend on the batch."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_graft.exact import make_exact
+from vllm_graft.precision import keep_table_precision, parameters_as
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        weight = nn.Parameter(torch.ones(3))
+        self.weight = weight
+        nn.init.constant_(weight, 2.0)  # the same object, also after registration
+        self.linear = nn.Linear(4, 4)
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
+        self.register_buffer("freqs_cis", 1.0 / 10000 ** (torch.arange(0, 8, 2) / 8))
+        self.register_buffer("other", torch.ones(2))
+
+
+def test_parameters_get_the_dtype_and_tables_stay_float32():
+    with parameters_as(torch.bfloat16):
+        net = Net()
+        assert torch.get_default_dtype() == torch.float32
+    assert {net.weight.dtype, net.linear.weight.dtype} == {torch.bfloat16}
+    assert net.scale.dtype == torch.float64
+    assert net.weight.tolist() == [2.0, 2.0, 2.0]
+    assert torch.equal(net.freqs_cis, Net().freqs_cis)
+    assert Net().weight.dtype == torch.float32
+
+
+def test_it_is_undone_when_building_fails():
+    register = nn.Module.register_parameter
+    with pytest.raises(RuntimeError), parameters_as(torch.bfloat16):
+        raise RuntimeError
+    assert nn.Module.register_parameter is register
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_kept_tables_survive_casts_copies_and_empty_moves():
+    net = Net()
+    table = net.freqs_cis.clone()
+    keep_table_precision(net, {net: {"other"}})
+    for moved in (net.half(), copy.deepcopy(net).bfloat16(), net.to_empty(device="cpu")):
+        assert torch.equal(moved.freqs_cis, table) and moved.other.dtype == torch.float32
+    assert set(net.state_dict()) == set(Net().state_dict())
+    assert net.to("meta").freqs_cis.is_meta
+
+
+def test_a_copy_protects_its_own_tables():
+    net = Net()
+    keep_table_precision(net, {})
+    twin = copy.deepcopy(net)
+    twin.freqs_cis.zero_()
+    twin.bfloat16()
+    assert not twin.freqs_cis.any() and net.freqs_cis.any()
+    assert net.weight.dtype == torch.float32
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 64])
+def test_float32_products_do_not_depend_on_the_number_of_rows(rows):
+    torch.manual_seed(0)
+    layer = nn.Sequential(nn.Linear(256, 96))
+    make_exact(layer)
+    x = torch.randn(64, 256)
+    assert torch.equal(layer(x[:rows]), layer(x)[:rows])
+    assert torch.equal(layer(x[:rows].view(1, rows, 256))[0], layer(x)[:rows])
+
+
+def test_exact_layers_differentiate():
+    layer = nn.Linear(8, 5)
+    plain = copy.deepcopy(layer)
+    make_exact(layer)
+    x = torch.randn(3, 8, requires_grad=True)
+    for module in (plain, layer):
+        module(x).square().sum().backward()
+    assert torch.allclose(layer.weight.grad, plain.weight.grad, rtol=1e-5)
+
+
+def test_a_layer_with_a_forward_of_its_own_is_left_alone():
+    class Twice(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Twice(4, 4)
+    make_exact(layer)
+    assert "forward" not in vars(layer)

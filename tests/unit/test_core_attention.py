@@ -111,6 +111,14 @@ def test_engine_kernel_and_sdpa_agree():
     assert relative_error(kernel, sdpa_packed(*inputs, borders(), spec)) < 1e-5
 
 
+def test_without_vllm_the_sdpa_path_is_the_forward(monkeypatch):
+    inputs = qkv(8, 2, torch.float32)
+    spec = AttentionSpec(scale=0.125)
+    monkeypatch.setattr("vllm_graft.attention.kernels.find_spec", lambda name: None)
+    without = attend(*inputs, borders(), spec)
+    assert torch.equal(without, sdpa_packed(*inputs, borders(), spec))
+
+
 def test_it_has_no_parameters_and_copies_are_unbound():
     module = CoreAttention(4, 2, 64)
     module.bind(lambda q, k, v: q)

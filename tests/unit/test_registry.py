@@ -53,6 +53,20 @@ def test_a_file_works_without_being_importable(tmp_path):
     assert factory_of("D")(None, None) == "hello"
 
 
+def test_the_variable_may_be_written_by_hand(monkeypatch):
+    monkeypatch.setenv(registry.ENV, '{"ByHand": "tests.unit.test_registry:build_it"}')
+    assert factory_of("ByHand")(None, None) == "built"
+    register("Too", build_it)
+    assert set(registrations()) == {"ByHand", "Too"}
+
+
+@pytest.mark.parametrize("value", ["nonsense", "[1]", '{"A": 3}', '{"A": {"typo": "x"}}'])
+def test_a_malformed_variable_is_shown(value, monkeypatch):
+    monkeypatch.setenv(registry.ENV, value)
+    with pytest.raises(RegistrationError, match="must be a JSON object of architecture names"):
+        registrations()
+
+
 @pytest.mark.parametrize(
     ("factory", "why"),
     [

@@ -57,17 +57,17 @@ def cache_names(names: list[str]) -> list[str]:
     """KV-cache layer names from qualified module names.
 
     vLLM reads the layer index from the name and wants exactly one integer in
-    it, so a name with none or several keeps its words, joined, and gets its
-    ordinal among the model's attention layers.
+    it. Where a name has none or several, all keep their words, joined, and get
+    their ordinal among the model's attention layers.
 
-    >>> cache_names(["layers.0.attention", "blocks.0.1.attn", "block_a.attn"])
-    ['layers.0.attention', 'blocks_0_1_attn.1', 'block_a_attn.2']
+    >>> cache_names(["layers.0.attention", "layers.1.attention"])
+    ['layers.0.attention', 'layers.1.attention']
+    >>> cache_names(["block_a.attn", "blocks.0.1.attn"])
+    ['block_a_attn.0', 'blocks_0_1_attn.1']
     """
-    result = []
-    for ordinal, name in enumerate(names):
-        integers = sum(part.isdigit() for part in name.split("."))
-        result.append(name if integers == 1 else f"{name.replace('.', '_')}.{ordinal}")
-    return result
+    if all(sum(part.isdigit() for part in name.split(".")) == 1 for name in names):
+        return names
+    return [f"{name.replace('.', '_')}.{ordinal}" for ordinal, name in enumerate(names)]
 
 
 def bind(

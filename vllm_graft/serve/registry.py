@@ -50,9 +50,25 @@ _REGISTRY: ModuleType | None = None
 
 
 def registrations() -> dict[str, Registration]:
-    """Everything registered in this process or, through the environment, its parents."""
-    recorded = json.loads(os.environ.get(ENV, "{}"))
-    return {arch: Registration(**fields) for arch, fields in recorded.items()}
+    """Everything registered in this process or, through the environment, outside it.
+
+    The variable may be written by hand, `{"MyModel": "my_package.models:build"}`,
+    so that a stock `vllm serve` knows a model.
+
+    Raises:
+        RegistrationError: the variable does not hold such an object.
+    """
+    try:
+        recorded = json.loads(os.environ.get(ENV, "{}")).items()
+        return {
+            arch: Registration(**({"target": entry} if isinstance(entry, str) else entry))
+            for arch, entry in recorded
+        }
+    except (ValueError, AttributeError, TypeError) as error:
+        raise RegistrationError(
+            f"{ENV} must be a JSON object of architecture names and 'module:factory' strings, "
+            f"got {os.environ.get(ENV)!r} ({error})"
+        ) from error
 
 
 def register(arch: str, factory: Factory | str) -> None:

@@ -19,7 +19,7 @@ def test_a_name_with_one_integer_stays():
 
 def test_one_name_with_none_or_several_gives_all_their_ordinals():
     names = ["block_a.attn", "blocks.0.1.attn", "layers.7.attn"]
-    assert cache_names(names) == ["block_a_attn.0", "blocks_0_1_attn.1", "layers_7_attn.2"]
+    assert cache_names(names) == ["kv_block_a_attn.0", "kv_blocks_0_1_attn.1", "kv_layers_7_attn.2"]
 
 
 @given(

@@ -63,11 +63,11 @@ def cache_names(names: list[str]) -> list[str]:
     >>> cache_names(["layers.0.attention", "layers.1.attention"])
     ['layers.0.attention', 'layers.1.attention']
     >>> cache_names(["block_a.attn", "blocks.0.1.attn"])
-    ['block_a_attn.0', 'blocks_0_1_attn.1']
+    ['kv_block_a_attn.0', 'kv_blocks_0_1_attn.1']
     """
     if all(sum(part.isdigit() for part in name.split(".")) == 1 for name in names):
         return names
-    return [f"{name.replace('.', '_')}.{ordinal}" for ordinal, name in enumerate(names)]
+    return [f"kv_{name.replace('.', '_')}.{ordinal}" for ordinal, name in enumerate(names)]
 
 
 def bind(

@@ -195,7 +195,7 @@ def alone(kernel: Kernel, shape: Shape, inputs: Tensors, lengths: list[int]) -> 
 
 def check_all(kernel: Kernel, device: str, *, small: bool) -> list[Record]:
     """Every check of every shape."""
-    lengths = [1, 5, 17, 33] if small else list(ODD_LENGTHS)
+    lengths = [1, 5, 17] if small else list(ODD_LENGTHS)
     results: list[Record] = []
     for shape in filter(kernel.takes, variants(shapes(small=small))):
         results += check_float64(kernel, shape, device, lengths, torch.bfloat16)
@@ -342,7 +342,7 @@ def machine(device: str) -> dict[str, str]:
     facts = {"torch": torch.__version__, "python": sys.version.split()[0], "device": device}
     if device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False)  # noqa: S603
+        driver = subprocess.run(query, capture_output=True, text=True, check=False)
         card = torch.cuda.get_device_name()
         facts |= {"card": card, "driver": driver.stdout.strip(), "cuda": str(torch.version.cuda)}
     return facts

@@ -19,7 +19,7 @@ from vllm_graft.attention.kernels import AttentionSpec, attend, sdpa_packed
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KERNEL = KERNELS["torch" if DEVICE == "cuda" else "sdpa"][0]
-LENGTHS = [1, 5, 17, 33]
+LENGTHS = [1, 5, 17]
 SHAPES = [shape for shape in variants(shapes(small=True)) if KERNEL.takes(shape)]
 
 
@@ -143,4 +143,4 @@ def test_harness_fails_on_a_wrong_kernel(tmp_path, monkeypatch):
 
 def test_importing_touches_no_cuda_state():
     code = "import torch, vllm_graft.attention.cuda; assert not torch.cuda.is_initialized()"
-    subprocess.run([sys.executable, "-c", code], check=True)  # noqa: S603 - our own code
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -25,7 +25,7 @@ def test_internal_links_resolve(page: Path) -> None:
 
 @pytest.mark.slow
 def test_site_builds_strictly(tmp_path: Path) -> None:
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
         cwd=ROOT,
         capture_output=True,

@@ -85,7 +85,7 @@ def run(folder: Path, *arguments: str) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_CACHE_ROOT": str(folder / ".cache")}
     # Pages set this themselves where they need it; the test session's value must not help them.
     env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    done = subprocess.run(  # noqa: S603
+    done = subprocess.run(
         [sys.executable, *arguments],
         cwd=folder,
         env=env,

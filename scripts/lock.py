@@ -109,7 +109,7 @@ def resolve(direct: list[str], constraints: list[str], *options: str) -> list[di
         limits.write_text("\n".join(constraints))
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
         command += ["--ignore-installed", "--report", str(report), "-c", str(limits)]
-        subprocess.run([*command, *options, *direct], check=True)  # noqa: S603
+        subprocess.run([*command, *options, *direct], check=True)
         return [item["metadata"] for item in json.loads(report.read_text())["install"]]
 
 

@@ -24,7 +24,6 @@ class Completion:
 
     prompt: list[int]
     tokens: list[int]
-    text: str
     log_probs: torch.Tensor
     """`[len(tokens)]` float32, of the tokens that were chosen."""
 
@@ -60,12 +59,18 @@ def complete(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[Comple
     ]
 
 
+def improvise(llm: Any, prompt: str, max_tokens: int = 64) -> str:
+    """A text completion to read; the penalty keeps a small model from repeating itself."""
+    sampling = SamplingParams(temperature=0, repetition_penalty=1.2, max_tokens=max_tokens)
+    [output] = llm.generate([prompt], sampling, use_tqdm=False)
+    text: str = output.outputs[0].text
+    return text
+
+
 def _completion(prompt: list[int], output: Any) -> Completion:
     tokens = list(output.token_ids)
     chosen = [step[token].logprob for step, token in zip(output.logprobs, tokens, strict=True)]
-    return Completion(
-        prompt=prompt, tokens=tokens, text=output.text, log_probs=torch.tensor(chosen)
-    )
+    return Completion(prompt=prompt, tokens=tokens, log_probs=torch.tensor(chosen))
 
 
 def live_module(llm: Any) -> Any:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.panel import Panel
 
 from examples.custom_models.qwen3_torchtitan import ARCH
@@ -20,7 +21,7 @@ from examples.demo.checks import (
     draw_prompts,
     native_completions,
 )
-from examples.demo.engines import complete, engine
+from examples.demo.engines import engine, improvise
 from examples.demo.text import load_corpus
 from examples.demo.train import Schedule, build_model, train
 
@@ -37,16 +38,16 @@ def tell(output: Path, *, quick: bool) -> bool:
     model = build_model()
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"TorchTitan Qwen3, {size / 1e6:.1f}M parameters, {len(corpus.train):,} tokens")
-    loss = train(model, corpus, Schedule(steps=20 if quick else 300), console)
+    loss = train(model, corpus, Schedule(steps=40 if quick else 480), console)
     console.print(f"held-out loss {loss:.3f} nats per token")
     checkpoint = write_checkpoint(output, model, corpus.tokenizer)
     console.print(f"Hugging Face checkpoint in {checkpoint}")
     with step(console, "vLLM's own Qwen3 on the checkpoint"):
         native = native_completions(checkpoint, draw_prompts(corpus.held_out, NUM_PROMPTS))
     with step(console, f"{ARCH} through Graft"), engine(checkpoint, ARCH) as llm:
-        [answer] = complete(llm, [corpus.tokenizer.encode(PROMPT)], 64)
+        text = improvise(llm, PROMPT)
         checks = check_live_engine(llm, corpus, native)
-    console.print(Panel(f"[bold]{PROMPT}[/]{answer.text}", title="completion"))
+    console.print(Panel(f"[bold]{PROMPT}[/]{escape(text)}", title="completion"))
     console.print(check_table(checks))
     console.print(f"{time.monotonic() - started:.0f} s")
     return all(check.passed for check in checks)

@@ -29,6 +29,7 @@ QWEN3 = Qwen3Config(
     head_dim=32,
     max_position_embeddings=MAX_LENGTH,
     tie_word_embeddings=True,
+    initializer_range=0.04,
     bos_token_id=None,
     eos_token_id=0,
     dtype="float32",
@@ -41,8 +42,8 @@ class Schedule:
 
     steps: int
     rows: int = 4
-    length: int = 256
-    peak_lr: float = 3e-3
+    length: int = 128
+    peak_lr: float = 4e-3
     warmup: int = 20
 
     def lr(self, step: int) -> float:

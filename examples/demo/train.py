@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,13 +46,13 @@ class Schedule:
     length: int = 128
     peak_lr: float = 4e-3
     warmup: int = 20
+    limit_s: float = 120.0
+    """Seconds after which training stops early; about twice what two free cores need."""
 
     def lr(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth of the peak."""
-        if step < self.warmup:
-            return self.peak_lr * (step + 1) / self.warmup
-        done = (step - self.warmup) / max(self.steps - self.warmup, 1)
-        return self.peak_lr * (0.55 + 0.45 * math.cos(math.pi * done))
+        cosine = 0.55 + 0.45 * math.cos(math.pi * step / self.steps)
+        return self.peak_lr * cosine * min((step + 1) / self.warmup, 1.0)
 
 
 def build_model() -> Any:
@@ -73,10 +74,14 @@ def train(model: Any, corpus: Corpus, schedule: Schedule, console: Console) -> f
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=schedule.peak_lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True
     )
-    generator = torch.Generator().manual_seed(0)
+    generator, started = torch.Generator().manual_seed(0), time.monotonic()
     with progress_bar(console) as progress:
         task = progress.add_task("training", total=schedule.steps, loss=math.nan, speed=0.0)
         for step in range(schedule.steps):
+            elapsed = time.monotonic() - started
+            if elapsed > schedule.limit_s:
+                console.print(f"stopped after {elapsed:.0f} s: this machine is busy or slow")
+                break
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr(step)
             loss = next_token_loss(model, draw(corpus.train, schedule, generator))
@@ -84,8 +89,8 @@ def train(model: Any, corpus: Corpus, schedule: Schedule, console: Console) -> f
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-            elapsed = progress.tasks[task].elapsed or math.inf
-            speed = (step + 1) * schedule.rows * schedule.length / elapsed
+            trained = (step + 1) * schedule.rows * schedule.length
+            speed = trained / (time.monotonic() - started)
             progress.update(task, advance=1, loss=loss.item(), speed=speed)
     return held_out_loss(model, corpus.held_out, schedule)
 

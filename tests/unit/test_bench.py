@@ -16,8 +16,9 @@ import pytest
 from rich.console import Console
 
 from vllm_graft.bench.machine import OtherLoad, machine, rss_gib, versions
+from vllm_graft.bench.process import WorkerError
 from vllm_graft.bench.report import as_json, ratios, tables
-from vllm_graft.bench.run import contenders
+from vllm_graft.bench.run import contenders, usable_round
 from vllm_graft.bench.spec import Contender, Measured, Round, Workload
 from vllm_graft.bench.worker import random_prompts
 from vllm_graft.serve import registry
@@ -105,6 +106,28 @@ def test_prompts_repeat_by_seed_and_differ_between_rounds() -> None:
     assert first == random_prompts(1, 3, 5, 100)
     assert first != random_prompts(2, 3, 5, 100)
     assert all(0 <= token < 100 for prompt in first for token in prompt)
+
+
+class Scripted:
+    """A worker whose rounds took the given `(prefill_s, total_s)`."""
+
+    def __init__(self, *seconds: tuple[float, float]) -> None:
+        self.seconds = list(seconds)
+
+    def round(self, workload: Workload, seed: int) -> Round:
+        prefill_s, total_s = self.seconds.pop(0)
+        return Round(prefill_s=prefill_s, total_s=total_s, first_tokens=())
+
+
+def test_round_without_decode_time_is_repeated() -> None:
+    worker: Any = Scripted((2.0, 1.0), (1.0, 3.0))
+    assert usable_round(worker, WORKLOAD, seed=1).total_s == 3.0
+
+
+def test_machine_too_busy_to_measure_is_an_error() -> None:
+    worker: Any = Scripted((2.0, 1.0), (2.0, 2.0), (3.0, 1.0))
+    with pytest.raises(WorkerError, match="too busy"):
+        usable_round(worker, WORKLOAD, seed=1)
 
 
 def entrants(user_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[str, Contender]:

@@ -180,6 +180,7 @@ def test_no_model_named(checkpoint: str, capsys: pytest.CaptureFixture[str]) -> 
         (["serve", "owner/model", "--factory", "not_there:build"], "not_there"),
         (["generate", "owner/model"], "--prompt"),
         (["generate", "owner/model", "--prompt", "x", "--max-tokens", "0"], "--max-tokens"),
+        (["generate", "owner/model", "--prompt", "x", "--dtype", "float7"], "bfloat16"),
         (["bench"], "--shape"),
         (["bench", "owner/model", "--against", "sglang"], "vllm, transformers"),
         (["bench", "--shape", "900b"], "0.5b"),

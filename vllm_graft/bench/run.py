@@ -17,6 +17,8 @@ _SETTLE_S = 0.5
 """Pause before a round, in which the previous contender's threads go to sleep."""
 
 _TRIES = 3
+"""How often a round is measured at most."""
+
 Tell = Callable[[str, int], None]
 """Called with what is being done and how many steps are finished."""
 
@@ -84,7 +86,7 @@ def measure(
             for worker, result in pairs:
                 time.sleep(_SETTLE_S)
                 with naming(worker.contender, logs):
-                    result.rounds.append(_round(worker, workload, seed=number))
+                    result.rounds.append(usable_round(worker, workload, seed=number))
                 tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 1)
         for worker, result in pairs:
             result.rss_gib, result.peak_rss_gib = worker.memory()
@@ -111,7 +113,7 @@ def _started(
     )
 
 
-def _round(worker: Worker, workload: Workload, seed: int) -> Round:
+def usable_round(worker: Worker, workload: Workload, seed: int) -> Round:
     """One usable round: the run to the last token took longer than the one to the first.
 
     Raises:

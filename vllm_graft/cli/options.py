@@ -10,6 +10,14 @@ MODEL = "Model"
 ENGINE = "Engine"
 SAMPLING = "Sampling"
 OUTPUT = "Output"
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def _known_dtype(value: str) -> str:
+    if value not in DTYPES:
+        raise typer.BadParameter(f"{value!r}; expected one of {', '.join(DTYPES)}")
+    return value
+
 
 Checkpoint = Annotated[
     str,
@@ -39,7 +47,13 @@ Factory = Annotated[
 ]
 Dtype = Annotated[
     str,
-    typer.Option("--dtype", help="auto, bfloat16, float16 or float32.", rich_help_panel=ENGINE),
+    typer.Option(
+        "--dtype",
+        metavar="|".join(DTYPES),
+        help="Of weights and activations; auto is the checkpoint's.",
+        callback=_known_dtype,
+        rich_help_panel=ENGINE,
+    ),
 ]
 MaxModelLen = Annotated[
     int | None,

@@ -71,10 +71,15 @@ def engine(checkpoint: Path, arch: str | None = None, **options: Any) -> Iterato
         gc.collect()
 
 
+def adapter(llm: Any) -> Any:
+    """Graft's adapter inside an in-process engine: what vLLM holds as its model."""
+    executor = llm.llm_engine.engine_core.engine_core.model_executor
+    return executor.driver_worker.worker.model_runner.model
+
+
 def live_module(llm: Any) -> Any:
     """The user's module inside an in-process engine."""
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.model.model
+    return adapter(llm).model
 
 
 def prompts(lengths: Sequence[int], vocab_size: int = 512) -> list[list[int]]:

@@ -88,11 +88,13 @@ def test_the_forward_context_is_still_visible():
 
 
 def test_process_groups_are_none_before_vllm_makes_them():
-    from vllm_graft import ParallelContext
-
-    context = ParallelContext()
-    assert context.get_tp_process_group() is None and context.get_pp_process_group() is None
-    assert (context.get_tensor_parallel_rank(), context.get_pipeline_parallel_rank()) == (0, 0)
+    code = (
+        "from vllm_graft import ParallelContext\n"
+        "context = ParallelContext()\n"
+        "print(context.get_tp_process_group(), context.get_pp_process_group(),"
+        " context.get_tensor_parallel_rank(), context.get_pipeline_parallel_rank())"
+    )
+    assert python(code).stdout.strip() == "None None 0 0"
 
 
 def test_the_cpu_kernel_setting_is_still_read_from_the_environment():

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import vllm_graft
 from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
 from tests.support import (
+    adapter,
     engine,
     generate,
     live_module,
@@ -34,11 +35,6 @@ def changed(checkpoint) -> dict[str, torch.Tensor]:
         name: tensor + 0.05 * torch.randn(tensor.shape, generator=generator)
         for name, tensor in load_file(checkpoint / "model.safetensors").items()
     }
-
-
-def adapter(llm):
-    executor = llm.llm_engine.engine_core.engine_core.model_executor
-    return executor.driver_worker.worker.model_runner.model
 
 
 def update(llm, tensors, one_by_one: bool) -> None:

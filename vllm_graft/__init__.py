@@ -28,6 +28,7 @@ _HOME = {
     "WeightError": "vllm_graft.weights.load",
     "ParallelContext": "vllm_graft.parallel",
     "register": "vllm_graft.serve.registry",
+    "RegistrationError": "vllm_graft.serve.registry",
 }
 
 __all__ = [*sorted(_HOME), "__version__"]
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from vllm_graft.positions import packed as packed
     from vllm_graft.positions import store_positions_in_context as store_positions_in_context
     from vllm_graft.rope import convert_freqs_cis_to_real as convert_freqs_cis_to_real
+    from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
     from vllm_graft.weights.load import LoadReport as LoadReport
     from vllm_graft.weights.load import WeightError as WeightError

@@ -48,11 +48,11 @@ class ParallelContext:
         return 0 if group is None else dist.get_rank(group)
 
     def get_tp_process_group(self) -> dist.ProcessGroup | None:
-        """VLLM's tensor-parallel device group, or None before it exists."""
+        """The tensor-parallel device group of vLLM, or None before it exists."""
         return _group("tp")
 
     def get_pp_process_group(self) -> dist.ProcessGroup | None:
-        """VLLM's pipeline-parallel device group, or None before it exists."""
+        """The pipeline-parallel device group of vLLM, or None before it exists."""
         return _group("pp")
 
 

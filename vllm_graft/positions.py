@@ -19,7 +19,7 @@ class TokenBatch:
     """One flat batch of T tokens."""
 
     positions: torch.Tensor
-    """`[T]` int64, each token's index in its own sequence."""
+    """`[T]` int64, each token's index in its own sequence; on any device."""
 
     cu_seqlens: torch.Tensor | None = None
     """`[B + 1]` int32 borders of the packed samples; None while serving."""
@@ -82,7 +82,7 @@ def positions_of(cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def packed(cu_seqlens: torch.Tensor | Sequence[int], device: str = "cpu") -> Iterator[TokenBatch]:
+def packed(cu_seqlens: torch.Tensor | Sequence[int]) -> Iterator[TokenBatch]:
     """Run a model on samples packed into one flat batch.
 
     Inside the block every Graft attention keeps the samples apart, and RoPE
@@ -93,13 +93,13 @@ def packed(cu_seqlens: torch.Tensor | Sequence[int], device: str = "cpu") -> Ite
 
     Args:
         cu_seqlens: `[B + 1]` borders, rising from 0 to the number of tokens T.
-        device: where the positions are made.
 
     Raises:
         ValueError: the borders do not rise from 0.
     """
-    borders = check_cu_seqlens(cu_seqlens, int(cu_seqlens[-1]))
-    batch = TokenBatch(positions=positions_of(borders).to(device), cu_seqlens=borders)
+    num_tokens = int(cu_seqlens[-1]) if len(cu_seqlens) else 0
+    borders = check_cu_seqlens(cu_seqlens, num_tokens)
+    batch = TokenBatch(positions=positions_of(borders), cu_seqlens=borders)
     with running(batch):
         yield batch
 

@@ -125,3 +125,17 @@ def test_parameters_without_a_value_are_refused_whatever_the_loader_returns(
 
     with pytest.raises(WeightError, match=r"(?s)left without a value:\n  model.tok_embeddings"):
         start(my_checkpoint, Loader)
+
+
+def test_nan_values_in_a_checkpoint_are_called_so(my_checkpoint, base, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(my_checkpoint, broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors["lm_head.weight"].fill_(float("nan"))
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(WeightError, match="the checkpoint has NaN values in model.output.weight"):
+        start(broken, base)

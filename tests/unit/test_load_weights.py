@@ -137,13 +137,20 @@ def test_tied_parameters_need_one_value_only():
         (
             {"head.weight": None, "lm_head.weight": torch.rand(8, 4)},
             MAPPING,
-            r"1 parameters were left.*\n  head.weight .*not mapped: nearest existing: lm_head",
+            r"1 parameter was left.*\n  head.weight .*not mapped: nearest existing: lm_head",
         ),
     ],
 )
 def test_bad_input_is_refused_with_names_and_shapes(tensors, mapping, text):
     with pytest.raises(WeightError, match=text):
         load_external_weights(Model(2), checkpoint(2, **tensors).items(), mapping)
+
+
+def test_a_dict_and_a_list_target_are_explained():
+    with pytest.raises(TypeError, match=r"pass state_dict.items\(\)"):
+        load_external_weights(Model(1), checkpoint(1), MAPPING)
+    with pytest.raises(WeightError, match="expected one model name or None"):
+        load_external_weights(Model(1), [], {"a": ["b", "c"]})
 
 
 def test_the_same_parameter_twice_is_refused():

@@ -17,7 +17,7 @@ def test_packed_restarts_positions_in_every_sample():
     assert current_batch() is None
 
 
-@pytest.mark.parametrize("borders", [[1, 4], [0, 4, 2], [0]])
+@pytest.mark.parametrize("borders", [[1, 4], [0, 4, 2], [0], []])
 def test_packed_refuses_bad_borders(borders):
     with pytest.raises(ValueError, match="rise from 0"), packed(borders):
         pass

@@ -100,6 +100,11 @@ def test_malformed_factories_are_refused(factory, text):
         register("X", factory)
 
 
+def test_an_architecture_needs_a_name():
+    with pytest.raises(RegistrationError, match="needs a name, got ''"):
+        register("", build_it)
+
+
 @pytest.mark.parametrize("target", ["no_such_module:build", "tests.unit.test_registry:gone"])
 def test_a_name_that_leads_nowhere_says_which(target):
     register("Y", target)

@@ -253,6 +253,96 @@ def test_what_cannot_be_swapped_is_refused_by_name(break_it, error, text):
         replace_with_trainable_attention(model)
 
 
+class Halves(LlamaAttention):
+    """Rotates halves with a real cos|sin table."""
+
+    def forward(self, x, freqs_cis, mask=None):
+        b, length, _ = x.shape
+        q, k, v = (w(x).view(b, length, -1, self.head_dim) for w in (self.wq, self.wk, self.wv))
+        cos, sin = freqs_cis[:, None].chunk(2, -1)
+
+        def turn(h):
+            first, second = h.chunk(2, -1)
+            return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+        q, k, v = (h.transpose(1, 2) for h in (turn(q), turn(k), v))
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+
+def test_the_pairing_of_real_tables_is_found_by_trial():
+    torch.manual_seed(0)
+    model = Llama()
+    for layer in model.layers:
+        layer.attention = Halves(64, 4, 2)
+    model.freqs_cis = torch.cat([model.freqs_cis.real, model.freqs_cis.imag], -1)
+    original = copy.deepcopy(model)
+    replace_with_trainable_attention(model)
+    x = torch.randn(2, 15, 64)
+    assert relative_error(model(x), original(x)) < 1e-5
+
+
+def hidden_rotation(self, x, freqs_cis=None):
+    table = torch.outer(torch.arange(float(x.shape[1])), torch.linspace(1.0, 0.01, 8))
+    return LlamaAttention.forward(self, x, torch.polar(torch.ones_like(table), table))
+
+
+def windowed(self, x, freqs_cis, mask=None):
+    length = x.shape[1]
+    near = torch.arange(length)[:, None] - torch.arange(length) < 4
+    q, k, v = (w(x).unflatten(-1, (-1, 16)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=near.tril(), enable_gqa=True)
+    return self.wo(out.transpose(1, 2).flatten(2))
+
+
+def clamped(self, x, freqs_cis, mask=None):
+    return LlamaAttention.forward(self, x.clamp(-0.1, 0.1), freqs_cis)
+
+
+def bidirectional(self, x, freqs_cis, mask=None):
+    q, k, v = (w(x).unflatten(-1, (-1, 16)).transpose(1, 2) for w in (self.wq, self.wk, self.wv))
+    out = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    return self.wo(out.transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize("forward", [hidden_rotation, windowed, clamped, bidirectional])
+def test_a_block_that_computes_something_else_is_refused_and_left_alone(forward):
+    torch.manual_seed(0)
+    model = Llama()
+    odd = type("Odd", (LlamaAttention,), {"forward": forward})(64, 4, 2)
+    model.layers[1].attention = odd.train()
+    before, random = list(model.modules()), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"layers.1.attention: Odd computes something else"):
+        replace_with_trainable_attention(model)
+    assert list(model.modules()) == before and odd.training
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+def test_a_scale_that_is_a_divisor_is_refused():
+    model = Llama()
+    model.layers[0].attention.scale = 16**0.5
+    with pytest.raises(ValueError, match="layers.0.attention: .*differs by"):
+        replace_with_trainable_attention(model)
+
+
+def test_parameters_of_the_block_itself_are_refused_before_anything_changes():
+    model = Llama()
+    model.layers[1].attention.sinks = nn.Parameter(torch.zeros(4))
+    names = list(model.state_dict())
+    with pytest.raises(ValueError, match=r"would drop: \['sinks'\]"):
+        replace_with_trainable_attention(model)
+    assert list(model.state_dict()) == names
+
+
+def test_a_block_that_cannot_be_tried_is_reported_as_unproven(caplog):
+    with torch.device("meta"):
+        model = Llama()
+    report = replace_with_trainable_attention(model)
+    assert [swap.proven for swap in report.layers] == [False, False]
+    assert "layers.0.attention: the swapped block could not be tried out" in caplog.text
+    assert all(swap.proven for swap in replace_with_trainable_attention(Llama()).layers)
+
+
 def test_use_mla_must_say_what_the_model_has():
     with pytest.raises(ValueError, match="use_mla=True, but LlamaAttention has no latent"):
         replace_with_trainable_attention(Llama(), use_mla=True)

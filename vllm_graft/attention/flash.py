@@ -29,7 +29,7 @@ def token_positions(
     if cu_seqlens is not None:
         return positions_of(cu_seqlens).to(x.device)
     if batch is not None:
-        return batch.positions
+        return batch.positions.to(x.device)
     return torch.arange(lead[-1], device=x.device).expand(lead).flatten()
 
 

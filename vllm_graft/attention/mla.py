@@ -117,7 +117,7 @@ class TrainableMLA(nn.Module):
 def create_mla_kv_cache_spec(
     kv_lora_rank: int, qk_rope_head_dim: int, block_size: int, dtype: torch.dtype
 ) -> Any:
-    """VLLM's KV-cache spec for one MLA layer.
+    """Make vLLM's KV-cache spec for one MLA layer.
 
     Per token the cache holds one vector of `kv_lora_rank + qk_rope_head_dim`
     numbers, shared by all heads.

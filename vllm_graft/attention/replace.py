@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from vllm_graft.attention.core import CoreAttention
 from vllm_graft.families import plain, torchtitan
+from vllm_graft.families.swap import Swap
 from vllm_graft.precision import keep_table_precision
+
+logger = logging.getLogger("vllm_graft")
 
 _ATTENTION_NAMES = ("attention", "self_attn", "self_attention", "attn")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
 FAMILIES = (torchtitan, plain)
-"""Tried in order. Each has `matches(attention)` and `swap(attention) -> (module, kind)`."""
+"""Tried in order. Each has `matches(attention) -> bool` and `plan(attention) -> Swap`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class LayerSwap:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    proven: bool
+    """False where a swapped block could not be tried out against the old one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,14 +57,16 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
     projections, norms and RoPE (only `inner_attention` changes); blocks with
     `wq`, `wk`, `wv`, `wo` are swapped whole and keep those modules. RoPE tables
     and router biases keep their precision through a later `.to(dtype)`. A
-    second call changes nothing.
+    second call changes nothing, and neither does a call that raises.
 
     Args:
         model: has `layers`, a ModuleDict, ModuleList, list or dict.
         use_mla: whether the model has latent (MLA) attention.
 
     Returns:
-        The layers by name, with their kind and head counts.
+        The layers by name, with their kind and head counts. A swapped block was
+        tried out against the old one on random tokens; `proven` says where that
+        was not possible.
 
     Raises:
         AttributeError: the model has no `layers`.
@@ -67,69 +74,89 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
             cannot be swapped faithfully, a count that disagrees with the
             model's config, or the wrong `use_mla`.
     """
-    before = set(model.state_dict())
-    found = [_swap_layer(name, layer, use_mla) for name, layer in _layers(model)]
-    if not found:
+    planned = [_Planned.of(name, layer, use_mla) for name, layer in _layers(model)]
+    if not planned:
         raise ValueError(f"{type(model).__name__}.layers is empty: no attention was swapped")
-    _check_count(model, len(found))
-    changed = before ^ set(model.state_dict())
-    if changed:
-        raise ValueError(f"the swap would change the parameter names {sorted(changed)}")
+    _check_count(model, len(planned))
+    # Nothing was touched so far: a refusal leaves the model as it was.
+    for entry in planned:
+        entry.apply()
     keep_table_precision(model, torchtitan.rope_tables(model))
     return SwapReport(
-        layers=tuple(swap for swap, _ in found), swapped=sum(changed for _, changed in found)
+        layers=tuple(entry.describe() for entry in planned),
+        swapped=sum(entry.swap.changes for entry in planned),
     )
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     layers: Any = getattr(model, "layers", None)
     if layers is None:
-        children = ", ".join(name for name, _ in model.named_children()) or "none"
         raise AttributeError(
-            f"{type(model).__name__} has no `layers` (its children: {children}); pass the module "
-            "that holds the decoder layers"
+            f"{type(model).__name__} has no `layers` (its children: {_children(model)}); pass the "
+            "module that holds the decoder layers"
         )
     pairs = layers.items() if hasattr(layers, "items") else enumerate(layers)
     return ((f"layers.{key}", layer) for key, layer in pairs)
 
 
-def _swap_layer(name: str, layer: nn.Module, use_mla: bool) -> tuple[LayerSwap, bool]:
-    slot = next(
-        (s for s in _ATTENTION_NAMES if isinstance(getattr(layer, s, None), nn.Module)), None
-    )
-    if slot is None:
-        children = ", ".join(child for child, _ in layer.named_children()) or "none"
-        raise ValueError(
-            f"{name}: no attention found (looked for {_ATTENTION_NAMES}, got {children})"
+@dataclass(frozen=True)
+class _Planned:
+    """The swap of one layer, and where its attention sits."""
+
+    layer: nn.Module
+    slot: str
+    where: str
+    swap: Swap
+
+    @classmethod
+    def of(cls, name: str, layer: nn.Module, use_mla: bool) -> _Planned:
+        slot = _slot(name, layer)
+        where, attention = f"{name}.{slot}", getattr(layer, slot)
+        _check_mla(where, attention, use_mla)
+        family = next((f for f in FAMILIES if f.matches(attention)), None)
+        if family is None:
+            raise ValueError(
+                f"{where}: {type(attention).__name__} has neither the seam `inner_attention` nor "
+                f"the projections wq, wk, wv, wo (its children: {_children(attention)})"
+            )
+        try:
+            swap = family.plan(attention)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if not swap.proven:
+            logger.warning("%s: the swapped block could not be tried out against the old", where)
+        return cls(layer, slot, where, swap)
+
+    def apply(self) -> None:
+        if self.swap.replacement is not None:
+            setattr(self.layer, self.slot, self.swap.replacement)
+        if self.swap.apply is not None:
+            self.swap.apply()
+
+    def describe(self) -> LayerSwap:
+        core = self.swap.core
+        return LayerSwap(
+            name=self.where,
+            kind=self.swap.kind,
+            num_heads=core.num_heads,
+            num_kv_heads=core.num_kv_heads,
+            head_dim=core.head_dim,
+            proven=self.swap.proven,
         )
-    attention = getattr(layer, slot)
-    where = f"{name}.{slot}"
-    _check_mla(where, attention, use_mla)
-    family = next((f for f in FAMILIES if f.matches(attention)), None)
-    if family is None:
-        children = ", ".join(child for child, _ in attention.named_children()) or "none"
-        raise ValueError(
-            f"{where}: {type(attention).__name__} has neither the seam `inner_attention` nor the "
-            f"projections wq, wk, wv, wo (its children: {children})"
-        )
-    try:
-        new, core, kind = family.swap(attention)
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from error
-    changed = new is not None
-    if new is not None and new is not attention:
-        setattr(layer, slot, new)
-    return _describe(where, kind, core), changed
 
 
-def _describe(where: str, kind: str, core: CoreAttention) -> LayerSwap:
-    return LayerSwap(
-        name=where,
-        kind=kind,
-        num_heads=core.num_heads,
-        num_kv_heads=core.num_kv_heads,
-        head_dim=core.head_dim,
+def _slot(name: str, layer: nn.Module) -> str:
+    for slot in _ATTENTION_NAMES:
+        if isinstance(getattr(layer, slot, None), nn.Module):
+            return slot
+    raise ValueError(
+        f"{name}: no attention found (looked for {', '.join(_ATTENTION_NAMES)}; "
+        f"its children: {_children(layer)})"
     )
+
+
+def _children(module: nn.Module) -> str:
+    return ", ".join(name for name, _ in module.named_children()) or "none"
 
 
 def _check_mla(where: str, attention: nn.Module, use_mla: bool) -> None:

@@ -1,7 +1,8 @@
 """Llama-style blocks with projections `wq`, `wk`, `wv`, `wo`: older TorchTitan, Meta's llama.
 
 Such blocks have no seam, so the whole block is swapped and the old projections
-and norms are adopted under their old names.
+and norms are adopted under their old names. Whether the new block computes
+what the old one did is tried out before anything is changed (`proof.py`).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.flash import TrainableFlashAttention
+from vllm_graft.families.proof import prove
+from vllm_graft.families.swap import Swap
 from vllm_graft.positions import current_batch
 
 KIND = "block"
 _ADOPTED = ("wq", "wk", "wv", "wo", "q_norm", "k_norm")
-_TABLE_ARGUMENT = re.compile(r"freqs|rope|rotary|cos")
+_TABLE_ARGUMENT = re.compile(r"freqs|rope|rotary|^cos|^sin")
 
 
 class AdoptedAttention(TrainableFlashAttention):
@@ -38,8 +41,7 @@ class AdoptedAttention(TrainableFlashAttention):
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Attend; takes the old block's arguments."""
         bound = self._signature.bind(self, *args, **kwargs).arguments
-        names = list(bound)
-        hidden_states = bound[names[1]]
+        hidden_states = bound[list(bound)[1]]
         table = bound.get(self._table_argument) if self._table_argument else None
         for name, value in bound.items():
             if "mask" in name:
@@ -52,33 +54,40 @@ def matches(attention: nn.Module) -> bool:
     return all(isinstance(getattr(attention, w, None), nn.Module) for w in ("wq", "wk", "wv", "wo"))
 
 
-def swap(attention: Any) -> tuple[nn.Module | None, CoreAttention, str]:
-    """Adopt the projections. Returns (new block if changed, its CoreAttention, kind).
+def plan(attention: Any) -> Swap:
+    """Build the new block, without touching the old one.
 
     Raises:
         ValueError: the block computes something the new one would not.
     """
     if isinstance(attention, AdoptedAttention):
-        return None, attention.core, KIND
-    extra = {name for name, _ in attention.named_children()} - set(_ADOPTED) - _REPLACED
-    if extra:
-        raise ValueError(
-            f"{type(attention).__name__} has parts that a swapped block would drop: {sorted(extra)}"
-        )
+        return Swap(kind=KIND, core=attention.core)
+    _check_parts(attention)
     table = _table_argument(attention)
     new = AdoptedAttention(attention, table)
-    return new, new.core, KIND
+    proven = prove(attention, new, table)
+    return Swap(kind=KIND, core=new.core, replacement=new, proven=proven)
 
 
 _REPLACED = {"sdpa", "inner_attention", "attn_dropout", "resid_dropout", "dropout"}
 """Children without parameters whose work `CoreAttention` does."""
 
 
+def _check_parts(attention: nn.Module) -> None:
+    children = {name for name, _ in attention.named_children()} - _REPLACED
+    own = {name for name, _ in attention.named_parameters(recurse=False)} | set(attention._buffers)
+    extra = (children | own) - set(_ADOPTED)
+    if extra:
+        raise ValueError(
+            f"{type(attention).__name__} has parts that a swapped block would drop: {sorted(extra)}"
+        )
+
+
 def _table_argument(attention: nn.Module) -> str | None:
     """The forward argument that carries the RoPE table.
 
     Raises:
-        ValueError: RoPE is applied inside, from no argument.
+        ValueError: RoPE is applied inside, from no argument or from several.
     """
     forward = type(attention).forward
     named = [n for n in inspect.signature(forward).parameters if _TABLE_ARGUMENT.search(n)]
@@ -104,18 +113,17 @@ def _core_of(old: Any) -> CoreAttention:
     num_heads = _first(old, "n_heads", "num_heads", "n_local_heads")
     if head_dim is None and num_heads is None:
         raise ValueError(f"{type(old).__name__} has neither head_dim nor n_heads: {old}")
-    head_dim = head_dim or old.wq.out_features // num_heads
-    for name in ("wq", "wk", "wv"):
-        if getattr(old, name).out_features % head_dim:
-            raise ValueError(
-                f"{name}.out_features={getattr(old, name).out_features} is not a multiple of "
-                f"{head_dim=}"
-            )
+    rows = {name: getattr(old, name).weight.shape[0] for name in ("wq", "wk", "wv")}
+    head_dim = head_dim or rows["wq"] // num_heads
+    for name, count in rows.items():
+        if count % head_dim:
+            raise ValueError(f"{name} has {count} rows, not a multiple of {head_dim=}")
     return CoreAttention(
-        old.wq.out_features // head_dim,
-        old.wk.out_features // head_dim,
+        rows["wq"] // head_dim,
+        rows["wk"] // head_dim,
         head_dim,
         scale=_first(old, "softmax_scale", "scaling", "scale"),
+        sliding_window=_first(old, "sliding_window"),
         dropout=float(_first(old, "dropout", "dropout_p") or 0.0),
     )
 

@@ -5,12 +5,14 @@ Imports nothing of TorchTitan at module level. Legend as in `attention.core`.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
+from vllm_graft.families.swap import Swap
 from vllm_graft.positions import current_batch
 
 KIND = "inner_attention"
@@ -55,21 +57,28 @@ def matches(attention: nn.Module) -> bool:
     return hasattr(attention, "inner_attention") and hasattr(attention, "qkv_linear")
 
 
-def swap(attention: Any) -> tuple[nn.Module | None, CoreAttention, str]:
-    """Take the seam. Returns (block if changed, its CoreAttention, kind)."""
+def plan(attention: Any) -> Swap:
+    """Build what takes the seam, without touching the block.
+
+    Raises:
+        ValueError: a window that is not causal.
+    """
     if isinstance(attention.inner_attention, CoreAttention):
-        return None, attention.inner_attention, KIND
-    attention.inner_attention = TitanCoreAttention(
+        return Swap(kind=KIND, core=attention.inner_attention)
+    core = TitanCoreAttention(
         attention.n_heads,
         attention.n_kv_heads,
         attention.head_dim,
         scale=attention.scaling,
         sliding_window=_window(attention.inner_attention),
     )
-    rope = getattr(attention, "rope", None)
-    if rope is not None:
-        rope.register_forward_pre_hook(_fill_positions, with_kwargs=True)
-    return attention, attention.inner_attention, KIND
+    return Swap(kind=KIND, core=core, apply=partial(_take_seam, attention, core))
+
+
+def _take_seam(attention: Any, core: CoreAttention) -> None:
+    attention.inner_attention = core
+    if hasattr(attention, "rope"):
+        attention.rope.register_forward_pre_hook(_fill_positions, with_kwargs=True)
 
 
 def _window(inner_attention: Any) -> int | None:
@@ -87,7 +96,7 @@ def _fill_positions(rope: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     given = args[2] if len(args) > 2 else kwargs.get("positions")
     if batch is None or given is not None:
         return None
-    positions = batch.positions.view(query.shape[:2])
+    positions = batch.positions.to(query.device).view(query.shape[:2])
     rest = {name: value for name, value in kwargs.items() if name != "positions"}
     return (*args[:2], positions), rest
 

@@ -114,7 +114,7 @@ def give_hf_config(vllm_config: Any) -> None:
 
 
 def process_group(axis: str) -> Any:
-    """VLLM's device group for `"tp"` or `"pp"`, or None before it exists."""
+    """The device group of vLLM for `"tp"` or `"pp"`, or None before it exists."""
     from vllm.distributed import parallel_state
 
     if not parallel_state.model_parallel_is_initialized():

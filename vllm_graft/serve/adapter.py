@@ -149,7 +149,7 @@ class GraftForCausalLM(nn.Module):
             self._reports = []
 
     def _weights_ready(self) -> None:
-        """VLLM says that the initial load or a whole live update is complete."""
+        """Hear from vLLM that the initial load or a whole live update is complete."""
         if self._sentinels is not None:
             unwritten = self._sentinels.unwritten()
             self._sentinels.remove()
@@ -166,6 +166,10 @@ class GraftForCausalLM(nn.Module):
             logger.info("%s: %s", self.arch, str(report).splitlines()[0])
         if not unwritten:
             return None
+        written = tuple(name for report in self._reports for name in report.loaded.values())
+        bad = [name for name in unwritten if name.endswith(written)] if written else []
+        if bad:
+            return f"the checkpoint has NaN values in {', '.join(bad)}"
         skipped = [name for report in self._reports for name in report.skipped]
         partly = [name for name, state in unwritten.items() if state != "missing"]
         text = missing_text(list(unwritten), skipped)

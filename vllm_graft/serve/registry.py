@@ -93,6 +93,8 @@ def register(arch: str, factory: Factory | str) -> None:
             "would not know this model; reinstall vllm-graft (pip install --force-reinstall "
             "vllm-graft) so that vllm_graft.pth lies in site-packages, and do not use python -S"
         )
+    if not isinstance(arch, str) or not arch:
+        raise RegistrationError(f"an architecture needs a name, got {arch!r}")
     named = _named(arch, factory)
     if callable(factory):
         _LOCAL[arch] = factory

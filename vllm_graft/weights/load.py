@@ -100,11 +100,14 @@ def load_external_weights(
         not name. Its `report` lists every name.
 
     Raises:
+        TypeError: `weights_iter` is a mapping, not pairs.
         WeightError: a mapping that names no parameter, different shapes, a
             quantized tensor for a floating-point parameter, a parameter loaded
             twice, or one left without a value. In vLLM's load and update calls
             the last check comes when the whole load is complete.
     """
+    if isinstance(weights_iter, Mapping):
+        raise TypeError("weights_iter must yield (name, tensor) pairs; pass state_dict.items()")
     loader = _Loader(model, NameMap(name_mapping))
     for name, tensor in weights_iter:
         loader.take(name, tensor)
@@ -120,7 +123,8 @@ def load_external_weights(
 
 def missing_text(missing: list[str], skipped: list[str]) -> str:
     """The error for parameters without a value, with what the checkpoint offers instead."""
-    lines = [f"{len(missing)} parameters were left without a value:"]
+    count = "1 parameter was" if len(missing) == 1 else f"{len(missing)} parameters were"
+    lines = [f"{count} left without a value:"]
     lines += [
         f"  {name} (checkpoint tensors not mapped: {nearest(name, skipped)})" for name in missing
     ]

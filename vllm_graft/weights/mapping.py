@@ -24,13 +24,17 @@ class NameMap:
     A model pattern of None drops the tensor on purpose.
 
     Raises:
-        WeightError: two sides with different counts of `{}`.
+        WeightError: two sides with different counts of `{}`, or a target that is no name.
     """
 
     def __init__(self, mapping: Mapping[str, str | None]) -> None:
         self.mapping = dict(mapping)
         self._patterns: list[tuple[re.Pattern[str], str | None]] = []
         for source, target in self.mapping.items():
+            if target is not None and not isinstance(target, str):
+                raise WeightError(
+                    f"name_mapping {source!r} -> {target!r}: expected one model name or None"
+                )
             if target is not None and source.count("{}") != target.count("{}"):
                 raise WeightError(
                     f"name_mapping {source!r} -> {target!r}: {source.count('{}')} placeholders "

@@ -297,3 +297,10 @@ def test_cpu_build_answers_for_vllm() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout[0].isdigit()
+
+
+def test_without_its_libraries_the_command_names_the_extra() -> None:
+    code = "import sys; sys.modules['typer'] = None; from vllm_graft.cli import run; run()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert 'pip install "vllm-graft[cpu]"' in done.stderr and "Traceback" not in done.stderr

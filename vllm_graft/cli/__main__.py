@@ -1,6 +1,6 @@
 """`python -m vllm_graft.cli` is `vllm-graft`."""
 
-from vllm_graft.cli.main import main
+from vllm_graft.cli import run
 
 if __name__ == "__main__":
-    main()
+    run()

@@ -2,7 +2,7 @@
 
 As a script::
 
-    python -m examples.demo            # about two minutes on two cores
+    python -m examples.demo            # two to three minutes on two cores
     python -m examples.demo --quick    # a few training steps, the same checks
 
 Exits with 1 if a check fails. The checkpoint stays in `--output`.

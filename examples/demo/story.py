@@ -38,7 +38,7 @@ def tell(output: Path, *, quick: bool) -> bool:
     model = build_model()
     size = sum(parameter.numel() for parameter in model.parameters())
     console.print(f"TorchTitan Qwen3, {size / 1e6:.1f}M parameters, {len(corpus.train):,} tokens")
-    loss = train(model, corpus, Schedule(steps=40 if quick else 480), console)
+    loss = train(model, corpus, Schedule(steps=40 if quick else 400), console)
     console.print(f"held-out loss {loss:.3f} nats per token")
     checkpoint = write_checkpoint(output, model, corpus.tokenizer)
     console.print(f"Hugging Face checkpoint in {checkpoint}")

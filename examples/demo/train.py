@@ -46,8 +46,8 @@ class Schedule:
     length: int = 128
     peak_lr: float = 4e-3
     warmup: int = 20
-    limit_s: float = 120.0
-    """Seconds after which training stops early; about twice what two free cores need."""
+    limit_s: float = 150.0
+    """Seconds after which training stops early, half as many again as two free cores need."""
 
     def lr(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth of the peak."""

@@ -35,7 +35,7 @@ def prove(old: Any, new: Any, table_argument: str | None) -> bool:
 
     Returns:
         True if they agree; False if the old block could not be tried (on meta,
-        or its forward needs arguments that cannot be guessed).
+        no tensor returned, or arguments that cannot be guessed).
 
     Raises:
         ValueError: the old block ran, and `new` gives something else.
@@ -72,6 +72,8 @@ def _smallest_difference(old: Any, new: Any, table_argument: str | None) -> floa
             want = old(**arguments)
         except Exception:  # noqa: S112 - any failure means: not called like this
             continue
+        if not isinstance(want, torch.Tensor):
+            continue
         for interleaved in (True, False):
             new.rope_interleaved = interleaved
             difference = _difference(new, arguments, want)
@@ -81,12 +83,12 @@ def _smallest_difference(old: Any, new: Any, table_argument: str | None) -> floa
     return smallest
 
 
-def _difference(new: Any, arguments: dict[str, Any], want: Any) -> float:
+def _difference(new: Any, arguments: dict[str, Any], want: torch.Tensor) -> float:
     try:
         got = new(**arguments)
     except (ValueError, IndexError, RuntimeError):
         return float("inf")
-    if not isinstance(want, torch.Tensor) or want.shape != got.shape:
+    if want.shape != got.shape:
         return float("inf")
     largest = want.float().abs().max().clamp_min(1e-12)
     return float((got.float() - want.float()).abs().max() / largest)

@@ -15,7 +15,11 @@ from typing import Any
 
 API_MODULE = "vllm.model_executor.custom_models"
 OLD_MODULE = "vllm.model_executor.layers.trainable_attention"
-REGISTRY_MODULE = "vllm.model_executor.models.registry"
+HOOKED = {
+    "vllm.model_executor.models.registry": "attach",
+    "vllm.v1.executor.abstract": "guard",
+}
+"""vLLM modules whose import calls a function of `serve.registry`."""
 
 _SPEC_NAMES = (
     "VLLMModelForCausalLM",
@@ -63,13 +67,13 @@ class _OldPathLoader:
 
 
 class _Finder:
-    """Serves the two module names above and reports when vLLM's registry is loaded."""
+    """Serves the two module names above and reports when a hooked module is loaded."""
 
     installed_by = ""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name == REGISTRY_MODULE:
-            return self._hooked_registry(name, path)
+        if name in HOOKED:
+            return self._hooked(name, path)
         if name in (API_MODULE, OLD_MODULE):
             # A vLLM release that ships the module itself comes first.
             loader: Any = _ApiLoader() if name == API_MODULE else _OldPathLoader()
@@ -77,7 +81,7 @@ class _Finder:
         return None
 
     @staticmethod
-    def _hooked_registry(name: str, path: Any) -> ModuleSpec | None:
+    def _hooked(name: str, path: Any) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path)
         if spec is None or spec.loader is None:
             return None
@@ -87,7 +91,7 @@ class _Finder:
             execute(module)
             from vllm_graft.serve import registry
 
-            registry.attach(module)
+            getattr(registry, HOOKED[name])(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

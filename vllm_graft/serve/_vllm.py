@@ -75,28 +75,28 @@ def prepare_process() -> None:
             disable_cache()
 
 
-def guard_engine_start(check: Callable[[list[str]], None]) -> None:
+def guard_engine_start(executor: ModuleType, check: Callable[[list[str]], None]) -> None:
     """Call `check(architectures)` before an engine starts child processes.
 
     Relies on `Executor.get_class(vllm_config)`, which every engine calls in the
     parent. Can go when vLLM ships registrations to its children. Idempotent.
     """
-    from vllm import envs
-    from vllm.v1.executor.abstract import Executor
-
-    stock = Executor.get_class
+    stock = executor.Executor.get_class
     if hasattr(stock, "__wrapped__"):
         return
 
     @functools.wraps(stock)
     def get_class(vllm_config: Any) -> Any:
-        executor = stock(vllm_config)
-        backend = vllm_config.parallel_config.distributed_executor_backend
-        if envs.VLLM_ENABLE_V1_MULTIPROCESSING or backend in ("mp", "ray"):
-            check(list(vllm_config.model_config.architectures))
-        return executor
+        from vllm import envs
 
-    Executor.get_class = staticmethod(get_class)  # type: ignore[method-assign]
+        chosen = stock(vllm_config)
+        backend = vllm_config.parallel_config.distributed_executor_backend
+        children = envs.VLLM_ENABLE_V1_MULTIPROCESSING or backend in ("mp", "ray")
+        if children and vllm_config.model_config is not None:
+            check(list(vllm_config.model_config.architectures))
+        return chosen
+
+    executor.Executor.get_class = staticmethod(get_class)
 
 
 # --- model construction -----------------------------------------------------

@@ -132,13 +132,18 @@ def attach(registry: ModuleType) -> None:
         _attach_one(registry, arch)
 
 
+def guard(executor: ModuleType) -> None:
+    """Called when vLLM's executor module was just imported: check factories at engine start."""
+    from vllm_graft.serve import _vllm
+
+    _vllm.guard_engine_start(executor, refuse_children)
+
+
 def _attach_one(registry: ModuleType, arch: str) -> None:
     from vllm_graft.serve import _vllm
     from vllm_graft.serve.adapter import adapter_class
 
     _vllm.prepare_process()
-    if registrations()[arch].target is None:
-        _vllm.guard_engine_start(refuse_children)
     registry.ModelRegistry.register_model(arch, adapter_class(arch))
 
 

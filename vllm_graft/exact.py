@@ -9,7 +9,7 @@ decoder was measured to agree.
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ def make_exact(model: nn.Module) -> None:
     for module in model.modules():
         for kind, forward in _EXACT.items():
             if isinstance(module, kind) and type(module).forward is kind.forward:
-                module.forward = MethodType(forward, module)
+                module.forward = partial(forward, module)
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

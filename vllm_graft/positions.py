@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,28 @@ _HOLDER = _Holder()
 def current_batch() -> TokenBatch | None:
     """The batch that is running, or None outside `packed` and outside the engine."""
     return _HOLDER.batch
+
+
+def batch_for(module: nn.Module) -> TokenBatch | None:
+    """The batch that `module` runs in.
+
+    Raises:
+        RuntimeError: activation checkpointing recomputes it after the
+            `packed(...)` block of its forward has ended: the borders are gone, and
+            samples would leak into each other's gradients.
+    """
+    batch = _HOLDER.batch
+    if torch.compiler.is_compiling():
+        return batch
+    in_backward = torch._C._current_graph_task_id() != -1
+    if not in_backward:
+        module.__dict__["_ran_packed"] = batch is not None and not batch.serving
+    elif batch is None and module.__dict__.get("_ran_packed", False):
+        raise RuntimeError(
+            "attention is recomputed in backward (activation checkpointing) after the packed(...) "
+            "block of its forward has ended; call backward() inside the block"
+        )
+    return batch
 
 
 @contextmanager

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import MethodType
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-TABLE_NAMES = frozenset(
-    {"freqs_cis", "rope_cache", "expert_bias", "e_score_correction_bias", "inv_freq"}
+TABLE_NAME = re.compile(
+    r"(^|_)(freqs?|rope|rotary|cos|sin)(_|$)|^(expert_bias|e_score_correction_bias)$"
 )
 """Buffers that lose their meaning in bf16: RoPE tables and router biases."""
 
@@ -23,17 +24,17 @@ def keep_table_precision(model: nn.Module, extra: dict[nn.Module, set[str]]) -> 
     cos|sin one by 2e-3. Protected buffers still follow the model's device.
 
     Args:
-        model: searched for complex buffers and those in `TABLE_NAMES`.
+        model: searched for complex buffers and names like `TABLE_NAME`.
         extra: more buffers to protect, by the module that owns them.
     """
     for module in model.modules():
         names = set(extra.get(module, ()))
         for name, buffer in module._buffers.items():
-            if buffer is not None and (buffer.is_complex() or name in TABLE_NAMES):
+            if buffer is not None and (buffer.is_complex() or TABLE_NAME.search(name)):
                 names.add(name)
-        if names and "_graft_kept" not in module.__dict__:
-            module._graft_kept = names  # type: ignore[assignment]
-            module._apply = MethodType(_apply_keeping, module)  # type: ignore[method-assign]
+        if names:
+            module.__dict__.setdefault("_graft_kept", set()).update(names)
+            module._apply = partial(_apply_keeping, module)  # type: ignore[method-assign]
 
 
 def _apply_keeping(module: nn.Module, fn: Callable[..., Any], recurse: bool = True) -> nn.Module:

@@ -54,7 +54,8 @@ def rows_at(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
             raise IndexError(
                 f"RoPE: position {high if low >= 0 else low} is outside the table of "
                 f"{table.shape[0]} rows; pass the model's whole table (at least "
-                f"max_model_len rows), not a copy cut to the batch length"
+                f"max_model_len rows), not a copy cut to the batch length and not rows that "
+                f"were already gathered by position"
             )
     return table[positions]
 

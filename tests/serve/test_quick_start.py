@@ -1,4 +1,4 @@
-"""The Custom Model API's Quick Start, in this process, in spawned workers and in a server."""
+"""The Custom Model API's Quick Start, in this process and in spawned workers."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.kernels import AttentionSpec, attend, sample_borders
+from vllm_graft.positions import current_batch
 
 
 class PagedLayer(Protocol):
@@ -107,13 +108,21 @@ class CoreAttention(nn.Module):
 
         Raises:
             ValueError: shapes that disagree with the module's heads, or bad borders.
+            RuntimeError: unbound in the engine, or recomputed outside its packed batch.
         """
         self._check(q, k, v)
         same_dtype = (q.to(v.dtype), k.to(v.dtype), v)
         flat_q, flat_k, flat_v = (x.flatten(0, 1) if x.dim() == 4 else x for x in same_dtype)
         if self._paged is not None and self._paged.active():
             return self._paged(flat_q, flat_k, flat_v).view(q.shape)
-        borders = sample_borders(q.shape[:-2], cu_seqlens)
+        batch = current_batch()
+        if batch is not None and batch.serving:
+            raise RuntimeError(
+                "a CoreAttention without a KV cache runs in the engine. Each must be a registered "
+                "submodule of the model that the factory returns (not in a plain list or dict), "
+                "and may not be added to a live model"
+            )
+        borders = sample_borders(self, q.shape[:-2], cu_seqlens)
         dropout = self.dropout if self.training else 0.0
         return attend(flat_q, flat_k, flat_v, borders, self.spec, dropout).view(q.shape)
 

@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from vllm_graft.positions import check_cu_seqlens, current_batch
+from vllm_graft.positions import batch_for, check_cu_seqlens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,9 @@ class AttentionSpec:
     """Keys a query sees, itself included; None for all before it."""
 
 
-def sample_borders(lead: torch.Size, cu_seqlens: torch.Tensor | None) -> torch.Tensor:
+def sample_borders(
+    module: nn.Module, lead: torch.Size, cu_seqlens: torch.Tensor | None
+) -> torch.Tensor:
     """Borders `[S + 1]` of the samples in tokens of shape `lead` (`[T]` or `[B, L]`).
 
     Those given, else those of `packed(...)`, else every row of `[B, L]` is one
@@ -38,9 +41,10 @@ def sample_borders(lead: torch.Size, cu_seqlens: torch.Tensor | None) -> torch.T
 
     Raises:
         ValueError: borders that do not fit the number of tokens.
+        RuntimeError: `module` is recomputed after its packed batch has ended.
     """
     if cu_seqlens is None:
-        batch = current_batch()
+        batch = batch_for(module)
         cu_seqlens = batch.cu_seqlens if batch is not None else None
     if cu_seqlens is not None:
         return check_cu_seqlens(cu_seqlens, lead.numel())
@@ -140,6 +144,8 @@ def attend(
     Returns:
         `[T, N, H]` in `q_TNH`'s dtype, differentiable in q, k and v.
     """
+    if q_TNH.shape[0] == 0:
+        return q_TNH.new_zeros(0, q_TNH.shape[1], v_TKH.shape[2])
     if q_TNH.is_cuda and dropout == 0.0:
         from vllm_graft.attention.cuda import cuda_attention
 

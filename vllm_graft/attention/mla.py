@@ -87,7 +87,7 @@ class TrainableMLA(nn.Module):
         if attention_mask is not None:
             raise ValueError("TrainableMLA takes no dense attention_mask; pass cu_seqlens")
         c, lead = self.config, hidden_states.shape[:-1]
-        borders = sample_borders(lead, cu_seqlens)
+        borders = sample_borders(self, lead, cu_seqlens)
         at = token_positions(hidden_states, positions, cu_seqlens)
         table = whole_table(freqs_cis)
         q_nope, q_pe = self._queries(hidden_states.flatten(0, -2)).split(

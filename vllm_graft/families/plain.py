@@ -34,6 +34,7 @@ class AdoptedAttention(TrainableFlashAttention):
             setattr(self, name, getattr(old, name, None))
         self.use_fused_qkv, self.rope_interleaved = False, True
         self.core = _core_of(old)
+        self._table = None
         self.training = old.training
         self._signature = inspect.signature(type(old).forward)
         self._table_argument = table_argument
@@ -123,7 +124,7 @@ def _core_of(old: Any) -> CoreAttention:
         rows["wk"] // head_dim,
         head_dim,
         scale=_first(old, "softmax_scale", "scaling", "scale"),
-        sliding_window=_first(old, "sliding_window"),
+        sliding_window=_first(old, "sliding_window", "window_size", "attention_window", "window"),
         dropout=float(_first(old, "dropout", "dropout_p") or 0.0),
     )
 

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import nn
 
-_TOKENS = 16
+_TOKENS = 48
+_MOST_TOKENS = 1100
+"""A trial with a sliding window is longer than the window, up to this."""
 _SPREAD = 3.0
 """Standard deviation of the attention scores in the trial: far from uniform, not one-hot."""
 
@@ -35,7 +37,8 @@ def prove(old: Any, new: Any, table_argument: str | None) -> bool:
 
     Returns:
         True if they agree; False if the old block could not be tried (on meta,
-        no tensor returned, or arguments that cannot be guessed).
+        no tensor returned, arguments that cannot be guessed, or a window longer
+        than the trial).
 
     Raises:
         ValueError: the old block ran, and `new` gives something else.
@@ -57,11 +60,18 @@ def prove(old: Any, new: Any, table_argument: str | None) -> bool:
     if smallest is not None and smallest > limit:
         raise ValueError(
             f"{type(old).__name__} computes something else than projections, RoPE and causal "
-            f"attention: on {_TOKENS} random tokens the swapped block differs by {smallest:.2g} "
-            f"of the largest value (limit {limit:g}). Swap a seam of your own: call CoreAttention "
-            "where the block has q, k and v"
+            f"attention: on {_length(new)} random tokens the swapped block differs by "
+            f"{smallest:.2g} of the largest value (limit {limit:g}). Swap a seam of your own: call "
+            "CoreAttention where the block has q, k and v"
         )
-    return smallest is not None
+    window = new.core.spec.sliding_window
+    return smallest is not None and (window is None or window < _length(new))
+
+
+def _length(new: Any) -> int:
+    """Tokens of the trial: more than the block's window, where that is affordable."""
+    window = new.core.spec.sliding_window or 0
+    return min(max(_TOKENS, window + 9), _MOST_TOKENS)
 
 
 def _smallest_difference(old: Any, new: Any, table_argument: str | None) -> float | None:
@@ -99,7 +109,7 @@ def _calls(old: Any, new: Any, table_argument: str | None) -> Iterator[dict[str,
     parameters = list(inspect.signature(type(old).forward).parameters.values())[1:]
     x = _tokens(old, new)
     masks = [p.name for p in parameters if "mask" in p.name]
-    tables = _tables(new.core.head_dim, x.device) if table_argument else [None]
+    tables = _tables(new.core.head_dim, x) if table_argument else [None]
     for table, mask in product(tables, (False, True) if masks else (False,)):
         arguments: dict[str, Any] = {parameters[0].name: x}
         if table_argument:
@@ -117,7 +127,7 @@ def _tokens(old: Any, new: Any) -> torch.Tensor:
     """Random input `[1, L, D]` scaled so that the attention scores have a healthy spread."""
     weight = old.wq.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _TOKENS, weight.shape[1], generator=generator).to(weight)
+    x = torch.randn(1, _length(new), weight.shape[1], generator=generator).to(weight)
     q, k, _ = new._project(x)
     heads = min(q.shape[-2], k.shape[-2])
     scores = torch.einsum("blnh,bmnh->bnlm", q[..., :heads, :].float(), k[..., :heads, :].float())
@@ -126,14 +136,15 @@ def _tokens(old: Any, new: Any) -> torch.Tensor:
     return x * scale
 
 
-def _tables(head_dim: int, device: torch.device) -> list[torch.Tensor]:
+def _tables(head_dim: int, x: torch.Tensor) -> list[torch.Tensor]:
     """One RoPE table in each layout of `rope.apply_rope`: complex, cos|sin, cos|cos|sin|sin."""
+    length, device = x.shape[1], x.device
     frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2, device=device).float() / head_dim)
-    angles = torch.outer(torch.arange(_TOKENS, device=device).float(), frequencies)
+    angles = torch.outer(torch.arange(length, device=device).float(), frequencies)
     cos, sin = angles.cos(), angles.sin()
     real, doubled = torch.cat([cos, sin], -1), torch.cat([cos, cos, sin, sin], -1)
     return [torch.complex(cos, sin), real, doubled]
 
 
 def _causal_mask(x: torch.Tensor) -> torch.Tensor:
-    return x.new_full((_TOKENS, _TOKENS), float("-inf")).triu(1)
+    return x.new_full((x.shape[1], x.shape[1]), float("-inf")).triu(1)

@@ -13,7 +13,6 @@ import copy
 import functools
 import os
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
 
@@ -26,11 +25,17 @@ SPLIT_KV_ENV = "VLLM_CPU_ATTN_SPLIT_KV"
 # --- registration -----------------------------------------------------------
 
 
-def accept_factories(registry: ModuleType, register: Callable[[str, Any], None]) -> None:
+def accept_factories(
+    registry: ModuleType, register: Callable[[str, Any], None], forget: Callable[[str], None]
+) -> None:
     """Let `ModelRegistry.register_model` take factories and `VLLMModelForCausalLM` classes.
 
     Relies on `_ModelRegistry.register_model(model_arch, model_cls)`, which
-    refuses functions. Can go when vLLM accepts factories. Idempotent.
+    refuses functions up to 0.32. Can go when vLLM accepts factories. Idempotent.
+
+    Args:
+        register: gets what is a factory.
+        forget: gets the name of what is vLLM's own, before vLLM registers it.
     """
     stock = registry._ModelRegistry.register_model
     if hasattr(stock, "__wrapped__"):
@@ -41,9 +46,15 @@ def accept_factories(registry: ModuleType, register: Callable[[str, Any], None])
         if _is_factory(model_cls):
             register(model_arch, model_cls)
         else:
+            forget(model_arch)
             stock(self, model_arch, model_cls)
 
     registry._ModelRegistry.register_model = register_model
+
+
+def register_stock(registry: ModuleType, arch: str, model_class: type[nn.Module]) -> None:
+    """Register a class by vLLM's own method."""
+    registry._ModelRegistry.register_model.__wrapped__(registry.ModelRegistry, arch, model_class)
 
 
 def _is_factory(model_cls: Any) -> bool:
@@ -79,7 +90,7 @@ def guard_engine_start(executor: ModuleType, check: Callable[[list[str]], None])
     """Call `check(architectures)` before an engine starts child processes.
 
     Relies on `Executor.get_class(vllm_config)`, which every engine calls in the
-    parent. Can go when vLLM ships registrations to its children. Idempotent.
+    parent up to 0.32. Can go when vLLM ships registrations to its children. Idempotent.
     """
     stock = executor.Executor.get_class
     if hasattr(stock, "__wrapped__"):
@@ -105,7 +116,7 @@ def guard_engine_start(executor: ModuleType, check: Callable[[list[str]], None])
 def give_hf_config(vllm_config: Any) -> None:
     """Make `vllm_config.hf_config` work, as the Custom Model API promises.
 
-    vLLM keeps it at `vllm_config.model_config.hf_config`. Can go when
+    Up to 0.32 vLLM keeps it at `vllm_config.model_config.hf_config`. Can go when
     `VllmConfig` has the attribute. Idempotent.
     """
     cls = type(vllm_config)
@@ -129,16 +140,6 @@ def forward_running() -> bool:
 
     running: bool = is_forward_context_available()
     return running
-
-
-def dummy_forward(vllm_config: Any, num_tokens: int) -> AbstractContextManager[Any]:
-    """A forward as in vLLM's profiling run: no requests, attention output undefined."""
-    from vllm.forward_context import set_forward_context
-
-    context: AbstractContextManager[Any] = set_forward_context(
-        None, vllm_config, num_tokens=num_tokens
-    )
-    return context
 
 
 def paged_attention_layer(
@@ -208,7 +209,7 @@ def compiled(module_class: type[nn.Module]) -> type[nn.Module]:
 def extend_compile_key(vllm_config: Any, digest: str) -> None:
     """Make the compile cache key depend on the model itself.
 
-    vLLM keys on its config and the traced files, so two factories that differ
+    Up to 0.32 vLLM keys on its config and the traced files, so two factories that differ
     in one constant would share compiled code. `additional_config` is part of
     the key. Can go when vLLM hashes the module.
     """

@@ -11,14 +11,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from vllm_graft.attention.mla import TrainableMLA
 from vllm_graft.exact import make_exact
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm
-from vllm_graft.serve.body import find_layout, make_body
-from vllm_graft.serve.kv import bind
+from vllm_graft.serve.body import call, find_layout, make_body
+from vllm_graft.serve.kv import PagedAttention, bind
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.weights.load import LoadReport, WeightError, accounting_later, missing_text
 from vllm_graft.weights.sentinel import Sentinels
@@ -26,7 +27,22 @@ from vllm_graft.weights.sentinel import Sentinels
 logger = logging.getLogger("vllm_graft")
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
-_DRY_RUN_TOKENS = 4
+_DRY_RUN_POSITIONS = (40, 3, 17, 0, 29, 11)
+"""Distinct, in no order, and beyond the number of tokens."""
+_SHUFFLED = (3, 0, 5, 1, 4, 2)
+
+
+class _Structure:
+    """Counts changes to any module tree, so that cached lists of modules know when they are old."""
+
+    changes = 0
+
+
+def _count_change(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    _Structure.changes += 1
+
+
+register_module_module_registration_hook(_count_change)
 
 
 class GraftForCausalLM(nn.Module):
@@ -46,8 +62,9 @@ class GraftForCausalLM(nn.Module):
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)
-        self._vllm_config = vllm_config
-        self._modules_below = list(self.model.modules())
+        self._max_model_len = vllm_config.model_config.max_model_len
+        self._modules_below: list[nn.Module] = []
+        self._modules_as_of = -1
         self._parameters_below = dict(self.model.named_parameters())
         self._sentinels: Sentinels | None = None
         self._reports: list[LoadReport] = []
@@ -75,7 +92,7 @@ class GraftForCausalLM(nn.Module):
         if positions.dim() != 1:
             raise ValueError(f"{self.arch}: expected positions [T], got {tuple(positions.shape)}")
         self._new_forward()
-        with evaluating(self._modules_below):
+        with evaluating(self._user_modules()):
             hidden: torch.Tensor = self._body(input_ids, positions)
         return hidden
 
@@ -83,23 +100,53 @@ class GraftForCausalLM(nn.Module):
         for paged in self._paged:
             paged.calls = 0
 
+    def _user_modules(self) -> list[nn.Module]:
+        """All modules of the user's model as it is now."""
+        if self._modules_as_of != _Structure.changes:
+            self._modules_as_of = _Structure.changes
+            self._modules_below = list(self.model.modules())
+        return self._modules_below
+
     @torch.inference_mode()
     def _try_out(self) -> None:
         """Run a few tokens: learn which shape the model takes, refuse what cannot serve."""
         device = next(self.model.parameters()).device
-        tokens = torch.zeros(_DRY_RUN_TOKENS, dtype=torch.long, device=device)
-        positions = torch.arange(_DRY_RUN_TOKENS, device=device)
-        dummy = _vllm.dummy_forward(self._vllm_config, _DRY_RUN_TOKENS)
-        with dummy, evaluating(self._modules_below):
+        positions = torch.tensor(_DRY_RUN_POSITIONS, device=device) % self._max_model_len
+        tokens = torch.arange(len(positions), device=device) * 7 % self._vocab_size
+        with rehearsal(self._paged), evaluating(self._user_modules()):
             self._body.batched, hidden = find_layout(
                 self.model, tokens, positions, self._new_forward
             )
-        unused = [paged.name for paged in self._paged if paged.calls == 0]
+            unused = [paged.name for paged in self._paged if paged.calls == 0]
+            self._check_order(tokens, positions, hidden)
         if unused:
             raise RuntimeError(
                 f"{self.arch}: attention modules that no forward reaches: {', '.join(unused)}"
             )
         self._check_logits(hidden)
+
+    def _check_order(
+        self, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor
+    ) -> None:
+        """Refuse a model in which a token's result depends on its neighbours in the batch.
+
+        Attention gives every token a result of its own in the dry run, so the
+        same tokens in another order must give the same hidden states.
+        """
+        order = torch.tensor(_SHUFFLED, device=tokens.device)
+        self._new_forward()
+        shuffled = call(self.model, tokens[order], positions[order], batched=self._body.batched)
+        want, got = hidden[order].float(), shuffled.flatten(0, -2).float()
+        difference = float((got - want).abs().max() / want.abs().max())
+        limit = 1e-3 if hidden.dtype == torch.float32 else 5e-2
+        if difference > limit:
+            raise RuntimeError(
+                f"{self.arch}: outside CoreAttention, the result for a token depends on the other "
+                f"tokens of vLLM's flat batch (by {difference:.2g} of the largest value when the "
+                "batch is reordered). Requests would mix. Usual causes: attention that was not "
+                "swapped, positions counted from the input instead of taken from `positions`, a "
+                "convolution or token shift"
+            )
 
     def _check_logits(self, hidden: torch.Tensor) -> None:
         try:
@@ -117,9 +164,10 @@ class GraftForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
-        with evaluating(self._modules_below):
+        with evaluating(self._user_modules()):
             logits: torch.Tensor = self.model.compute_logits(hidden_states)  # type: ignore[operator]
-        return logits
+        # Rows that only pad the vocabulary are no tokens.
+        return logits[..., : self._vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load, and learn which parameters were written.
@@ -129,10 +177,16 @@ class GraftForCausalLM(nn.Module):
         account is then settled in `_weights_ready`.
         """
         self._mark()
-        with accounting_later() as reports:
-            self.model.load_weights(weights)  # type: ignore[operator]
+        try:
+            with accounting_later() as reports:
+                self.model.load_weights(weights)  # type: ignore[operator]
+        except Exception as error:
+            self._give_up(f"loading weights failed: {error}")
+            raise
+        if self._sentinels is None:
+            return None
         self._reports += reports
-        if self._sentinels is None or self._sentinels.unwritten():
+        if self._sentinels.unwritten():
             return None
         return {f"model.{name}" for name in self._parameters_below}
 
@@ -147,6 +201,13 @@ class GraftForCausalLM(nn.Module):
         if self._sentinels is None and (on_meta or not self._loaded_once):
             self._sentinels = Sentinels(dict(self._parameters_below))
             self._reports = []
+
+    def _give_up(self, reason: str) -> None:
+        """A load broke off: the weights may be a mixture until a whole one has gone through."""
+        self._refusal = reason
+        if self._sentinels is not None:
+            self._sentinels.remove()
+            self._sentinels = None
 
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
@@ -166,14 +227,19 @@ class GraftForCausalLM(nn.Module):
             logger.info("%s: %s", self.arch, str(report).splitlines()[0])
         if not unwritten:
             return None
-        written = tuple(name for report in self._reports for name in report.loaded.values())
-        bad = [name for name in unwritten if name.endswith(written)] if written else []
-        if bad:
-            return f"the checkpoint has NaN values in {', '.join(bad)}"
-        skipped = [name for report in self._reports for name in report.skipped]
-        partly = [name for name, state in unwritten.items() if state != "missing"]
-        text = missing_text(list(unwritten), skipped)
-        return text + (f"\nonly partly written: {', '.join(partly)}" if partly else "")
+        from_checkpoint = set().union(*(report.written for report in self._reports))
+        nan = [n for n in unwritten if id(self._parameters_below[n]) in from_checkpoint]
+        left = [name for name in unwritten if name not in nan]
+        partly = [name for name in left if unwritten[name] != "missing"]
+        lines = []
+        if nan:
+            lines.append(f"the checkpoint has NaN values in {', '.join(nan)}")
+        if left:
+            skipped = [name for report in self._reports for name in report.skipped]
+            lines.append(missing_text(left, skipped))
+        if partly:
+            lines.append(f"only partly written: {', '.join(partly)}")
+        return "\n".join(lines)
 
 
 @functools.cache
@@ -228,13 +294,44 @@ def model_digest(arch: str, model: nn.Module) -> str:
     """A digest of what the compiled code of `model` depends on, values of weights aside."""
     digest = hashlib.sha256(arch.encode())
     for name, module in model.named_modules():
-        plain = {k: v for k, v in vars(module).items() if isinstance(v, (int, float, str, tuple))}
-        digest.update(
-            f"{name}|{type(module).__qualname__}|{sorted(plain.items(), key=str)}".encode()
-        )
+        plain = {k: v for k, v in vars(module).items() if k not in _TORCH_STATE}
+        digest.update(f"{name}|{type(module).__qualname__}|{_constants(plain, 3)}".encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
     return digest.hexdigest()
+
+
+_TORCH_STATE = frozenset(vars(nn.Module()))
+
+
+def _constants(value: Any, depth: int) -> str:
+    """Numbers, strings and containers of them, config objects included; modules and tensors not."""
+    if isinstance(value, (int, float, str, bytes, type(None), torch.dtype)):
+        return repr(value)
+    if depth == 0 or isinstance(value, (torch.Tensor, nn.Module)) or callable(value):
+        return type(value).__qualname__
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(_constants(item, depth - 1) for item in value) + "]"
+    items = value if isinstance(value, dict) else _attributes(value)
+    inside = sorted(f"{key}:{_constants(item, depth - 1)}" for key, item in items.items())
+    return f"{type(value).__qualname__}{{{','.join(inside)}}}"
+
+
+def _attributes(value: Any) -> dict[str, Any]:
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    return {**{n: getattr(value, n, None) for n in slots}, **getattr(value, "__dict__", {})}
+
+
+@contextmanager
+def rehearsal(layers: list[PagedAttention]) -> Iterator[None]:
+    """Run attention without a cache in the block, see `PagedAttention.rehearsing`."""
+    for layer in layers:
+        layer.rehearsing = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.rehearsing = False
 
 
 @contextmanager

@@ -60,9 +60,19 @@ def name_of(thing: Any) -> Importable:
         raise UnnameableError(f"{name} is defined inside a function or is a lambda")
     module = sys.modules.get(thing.__module__)
     path = getattr(module, "__file__", None)
+    if _member(module, name) is not thing:
+        raise UnnameableError(f"{thing.__module__}:{name} leads to another object")
     if thing.__module__ in _MAIN_NAMES:
         return _name_in_main(thing, name, module, path)
     return Importable(target=f"{thing.__module__}:{name}", path=path)
+
+
+def _member(module: ModuleType | None, name: str) -> Any:
+    """What `name` leads to in `module`, or None."""
+    found: Any = module
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found
 
 
 def _name_in_main(thing: Any, name: str, module: ModuleType | None, path: str | None) -> Importable:

@@ -121,13 +121,21 @@ def _record(arch: str, registration: Registration) -> None:
     os.environ[ENV] = json.dumps(recorded)
 
 
+def forget(arch: str) -> None:
+    """Drop the record of an architecture that stock vLLM now provides."""
+    recorded = json.loads(os.environ.get(ENV, "{}"))
+    if recorded.pop(arch, None) is not None:
+        _LOCAL.pop(arch, None)
+        os.environ[ENV] = json.dumps(recorded)
+
+
 def attach(registry: ModuleType) -> None:
     """Called when vLLM's registry module was just imported: patch it and replay."""
     global _REGISTRY
     from vllm_graft.serve import _vllm
 
     _REGISTRY = registry
-    _vllm.accept_factories(registry, register)
+    _vllm.accept_factories(registry, register, forget)
     for arch in registrations():
         _attach_one(registry, arch)
 
@@ -144,7 +152,7 @@ def _attach_one(registry: ModuleType, arch: str) -> None:
     from vllm_graft.serve.adapter import adapter_class
 
     _vllm.prepare_process()
-    registry.ModelRegistry.register_model(arch, adapter_class(arch))
+    _vllm.register_stock(registry, arch, adapter_class(arch))
 
 
 def refuse_children(architectures: list[str]) -> None:

@@ -33,6 +33,8 @@ class LoadReport:
     """Parameters left without a value."""
     numel: int = 0
     """Numbers written."""
+    written: set[int] = field(default_factory=set, repr=False)
+    """`id` of each parameter object written to."""
 
     def __str__(self) -> str:
         lines = [
@@ -181,6 +183,7 @@ class _Loader:
             _copy(where, param, tensor)
         self._source.setdefault(id(param), (name, target))
         self._report.loaded[name] = target
+        self._report.written.add(id(param))
         self._report.numel += tensor.numel()
         logger.debug("%s %s", where, tuple(tensor.shape))
 

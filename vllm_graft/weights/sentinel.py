@@ -27,7 +27,7 @@ class Sentinels:
 
     Args:
         tensors: parameters by name; tied ones under several names count once.
-            Meta and integer tensors are left alone.
+            Meta, integer, 8-bit and expanded tensors are left alone.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]) -> None:
@@ -35,8 +35,7 @@ class Sentinels:
         seen: set[int] = set()
         for name, tensor in tensors.items():
             local = _local(tensor)
-            markable = local.is_floating_point() and not local.is_meta and local.numel() > 0
-            if markable and id(tensor) not in seen:
+            if _markable(local) and id(tensor) not in seen:
                 seen.add(id(tensor))
                 self._marks[name] = _mark(local)
 
@@ -54,6 +53,12 @@ class Sentinels:
         for mark in self._marks.values():
             now = mark.tensor.take(mark.indices)
             mark.tensor.put_(mark.indices, torch.where(torch.isnan(now), mark.before, now))
+
+
+def _markable(local: torch.Tensor) -> bool:
+    wide_float = local.is_floating_point() and local.element_size() > 1
+    one_place_per_element = 0 not in local.stride() or local.numel() == 1
+    return wide_float and one_place_per_element and not local.is_meta and local.numel() > 0
 
 
 def _mark(local: torch.Tensor) -> _Mark:

@@ -95,6 +95,22 @@ def test_a_partial_update_is_refused_and_so_is_serving_after_it(checkpoint):
         assert generate(llm, prompts((5,)))
 
 
+def test_a_partial_update_after_a_failed_one_is_refused_too(checkpoint):
+    broken = changed(checkpoint)
+    last = next(reversed(broken))
+    broken[last] = torch.zeros(broken[last].shape, dtype=torch.int8)
+    partial = changed(checkpoint)
+    del partial["model.layers.1.mlp.up_proj.weight"]
+    with engine(checkpoint, ARCH, dtype="float32") as llm:
+        with pytest.raises(WeightError, match="looks quantized"):
+            update(llm, broken, one_by_one=True)
+        with pytest.raises(WeightError):
+            update(llm, partial, one_by_one=True)
+        with pytest.raises(WeightError, match="refuses to serve"):
+            adapter(llm)(torch.zeros(1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+        assert not any(p.isnan().any() for p in live_module(llm).parameters())
+
+
 def test_reloading_from_disk_works(checkpoint):
     with engine(checkpoint, ARCH, dtype="float32") as llm:
         before = [sampled_logprobs(c) for c in generate(llm, prompts((9,)))]

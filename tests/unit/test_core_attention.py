@@ -10,6 +10,7 @@ import torch
 from tests.support import reference_attention, relative_error
 from vllm_graft import CoreAttention, packed
 from vllm_graft.attention.kernels import AttentionSpec, attend, sdpa_packed
+from vllm_graft.positions import TokenBatch, running
 
 # fp32: a few ulp times sqrt(length); bf16: inputs and outputs carry 8 bits of mantissa.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -150,3 +151,41 @@ def test_bad_borders_are_refused(bad):
     inputs = qkv(4, 2, torch.float32)
     with pytest.raises(ValueError, match="cu_seqlens must rise from 0"):
         CoreAttention(4, 2, 64)(*inputs, cu_seqlens=torch.tensor(bad))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_checkpointing_recomputes_inside_the_packed_block_or_raises(inside):
+    from torch.utils.checkpoint import checkpoint
+
+    module, inputs = CoreAttention(4, 2, 64), qkv(4, 2, torch.float32)
+    want = torch.autograd.grad(module(*inputs, cu_seqlens=borders()).square().sum(), inputs)
+    with packed(borders()):
+        out = checkpoint(module, *inputs, use_reentrant=False)
+        if inside:
+            got = torch.autograd.grad(out.square().sum(), inputs)
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    if not inside:
+        with pytest.raises(RuntimeError, match=r"call backward\(\) inside the block"):
+            torch.autograd.grad(out.square().sum(), inputs)
+
+
+def test_checkpointing_of_plain_batches_needs_no_block():
+    from torch.utils.checkpoint import checkpoint
+
+    module, inputs = CoreAttention(4, 2, 64), qkv(4, 2, torch.float32)
+    with packed(borders()):
+        module(*inputs)
+    out = checkpoint(module, *inputs, use_reentrant=False)
+    assert all(g is not None for g in torch.autograd.grad(out.sum(), inputs))
+
+
+def test_an_unbound_module_does_not_run_in_the_engine():
+    inputs = qkv(4, 2, torch.float32)
+    batch = TokenBatch(positions=torch.arange(171), serving=True)
+    with running(batch), pytest.raises(RuntimeError, match="without a KV cache runs in the engine"):
+        CoreAttention(4, 2, 64)(*inputs)
+
+
+def test_no_tokens_give_no_output():
+    empty = torch.zeros(0, 4, 64)
+    assert CoreAttention(4, 4, 64)(empty, empty, empty).shape == (0, 4, 64)

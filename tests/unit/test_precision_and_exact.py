@@ -91,3 +91,13 @@ def test_a_layer_with_a_forward_of_its_own_is_left_alone():
     layer = Twice(4, 4)
     make_exact(layer)
     assert "forward" not in vars(layer)
+
+
+@pytest.mark.parametrize("name", ["rope_table", "freqs_cos", "cos_cached", "inv_freq", "sin"])
+def test_real_tables_are_known_by_name(name):
+    net = nn.Linear(2, 2)
+    net.register_buffer(name, torch.rand(4))
+    net.register_buffer("single", torch.rand(4))  # has "sin" in it, is no table
+    keep_table_precision(net, {})
+    net.bfloat16()
+    assert getattr(net, name).dtype == torch.float32 and net.single.dtype == torch.bfloat16

@@ -24,6 +24,8 @@ class Holder:
     def build(vllm_config, parallel_context):
         return "held"
 
+    def method(self, vllm_config, parallel_context): ...
+
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
@@ -156,3 +158,20 @@ def test_lambdas_are_unnameable():
         name_of(lambda: 0)
     with pytest.raises(TypeError):
         name_of(5)
+
+
+def test_a_name_that_leads_to_another_object_is_no_name():
+    class Shadow:
+        def build(self, config, context): ...
+
+    with pytest.raises(UnnameableError, match="inside a function|leads to another object"):
+        name_of(Shadow().build)
+    with pytest.raises(UnnameableError, match="Holder.method leads to another object"):
+        name_of(Holder().method)
+
+
+def test_a_stock_registration_drops_the_record():
+    register("Once", build_it)
+    registry.forget("Once")
+    registry.forget("Never")
+    assert not registrations()

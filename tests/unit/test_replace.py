@@ -325,6 +325,51 @@ def test_a_scale_that_is_a_divisor_is_refused():
         replace_with_trainable_attention(model)
 
 
+@pytest.mark.parametrize(("window", "proven"), [(60, True), (5000, False)])
+def test_a_window_attribute_is_adopted_and_tried_beyond(window, proven):
+    def forward(self, x, freqs_cis=None):
+        length = x.shape[1]
+        distance = torch.arange(length)[:, None] - torch.arange(length)
+        near = (distance >= 0) & (distance < self.window_size)
+        q, k, v = (
+            w(x).unflatten(-1, (-1, 16)).transpose(1, 2) for w in (self.wq, self.wk, self.wv)
+        )
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=near, enable_gqa=True)
+        return self.wo(out.transpose(1, 2).flatten(2))
+
+    class Windowed(LlamaAttention):
+        def forward(self, x):
+            return forward(self, x)
+
+    torch.manual_seed(0)
+    model = Llama()
+    for layer in model.layers:
+        layer.attention = Windowed(64, 4, 2)
+        layer.attention.window_size = window
+    old = copy.deepcopy(model.layers[0].attention)
+    report = replace_with_trainable_attention(model)
+    assert [swap.proven for swap in report.layers] == [proven] * 2
+    x = torch.randn(1, 90, 64)
+    assert relative_error(model.layers[0].attention(x), old(x)) < 1e-5
+
+
+def test_a_swapped_model_can_be_pickled():
+    import pickle
+
+    from vllm_graft.exact import make_exact
+
+    torch.manual_seed(0)
+    model = Llama()
+    replace_with_trainable_attention(model)
+    make_exact(model)
+    twin = pickle.loads(pickle.dumps(model))
+    x = torch.randn(1, 6, 64)
+    assert torch.equal(twin(x), model(x))
+    twin.bfloat16()
+    assert model.layers[0].attention.wq.weight.dtype == torch.float32
+    assert twin.freqs_cis.is_complex()
+
+
 def test_parameters_of_the_block_itself_are_refused_before_anything_changes():
     model = Llama()
     model.layers[1].attention.sinks = nn.Parameter(torch.zeros(4))

@@ -53,6 +53,8 @@ def test_odd_tensors():
         "counter": torch.zeros(3, dtype=torch.long),
         "meta": torch.empty(3, device="meta"),
         "empty": torch.empty(0),
+        "fp8": torch.zeros(3).to(torch.float8_e4m3fn),
+        "expanded": nn.Parameter(torch.rand(1, 3).expand(4, 3)),
     }
     before = odd["transposed"].detach().clone()
     sentinels = Sentinels(odd)

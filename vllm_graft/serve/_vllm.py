@@ -3,7 +3,7 @@
 The kernels of the training forward are beside it, in `_vllm_cpu.py` and
 `_vllm_cuda.py`.
 
-Tested with vLLM 0.29 to 0.32 by `tests/contract`. Each entry says what it
+Tested with vLLM 0.31 and 0.32 by `tests/contract`. Each entry says what it
 relies on and when it can go.
 """
 

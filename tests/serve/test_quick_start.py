@@ -1,11 +1,20 @@
-"""The Custom Model API's Quick Start, in this process and in spawned workers."""
+"""The Custom Model API's Quick Start, in this process, in spawned workers and in a server."""
 
 from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 
 import pytest
 
 from tests.serve.conftest import LIBRARY, greedy
-from tests.support import engine, generate, live_module, prompts, python
+from tests.support import ROOT, engine, generate, live_module, prompts, python
 
 pytestmark = pytest.mark.engine
 
@@ -66,3 +75,54 @@ def test_it_works_with_spawned_processes(my_model, my_checkpoint, setting):
         SPAWNED, str(LIBRARY), str(my_checkpoint), VLLM_ENABLE_V1_MULTIPROCESSING="1", **setting
     )
     assert f"TOKENS {greedy(my_model, [1, 2, 3], 8)}" in done.stdout, done.stderr[-3000:]
+
+
+def post(port: int, path: str, body: dict) -> dict:
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}",
+        json.dumps(body).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        return json.load(answer)
+
+
+@pytest.fixture
+def server(my_checkpoint):
+    """The OpenAI server on a free loopback port, started by `vllm-graft serve --factory`."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "vllm_graft.cli", "serve", str(my_checkpoint)]
+    command += ["--factory", f"{LIBRARY}/quick_start.py:build_my_custom_model"]
+    command += ["--port", str(port), "--dtype", "float32", "--enforce-eager"]
+    command += ["--skip-tokenizer-init", "--max-model-len", "256"]
+    environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment)
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and process.poll() is None:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(1)
+        yield port
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+
+
+@pytest.mark.slow
+def test_it_serves_openai_completions(server, my_model, my_checkpoint):
+    body = {
+        "model": str(my_checkpoint),
+        "prompt": [1, 2, 3],
+        "temperature": 0,
+        "max_tokens": 8,
+        "ignore_eos": True,
+        "return_token_ids": True,
+        "detokenize": False,
+    }
+    [choice] = post(server, "/v1/completions", body)["choices"]
+    assert choice["token_ids"] == greedy(my_model, [1, 2, 3], 8)

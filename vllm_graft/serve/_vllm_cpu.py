@@ -1,7 +1,6 @@
 """The CPU attention kernel of vLLM, for the training forward (internals of vLLM, as `_vllm.py`).
 
-Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim,
-M most blocks of a sample.
+Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim.
 """
 
 from __future__ import annotations
@@ -9,6 +8,8 @@ from __future__ import annotations
 import functools
 
 import torch
+
+from vllm_graft.serve.scratch import scratch_blocks
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
 
@@ -52,7 +53,7 @@ def paged_attention(
     window = -1 if sliding_window is None else sliding_window
     isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    block_table, slots, num_blocks = _scratch_blocks(lengths)
+    block_table, slots, num_blocks = scratch_blocks(tuple(lengths.tolist()), _BLOCK_SIZE)
     cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
@@ -89,17 +90,3 @@ def paged_attention(
         s_aux=None,
     )
     return out
-
-
-def _scratch_blocks(lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int]:
-    """Block table `[B, M]` int32, slot of every token `[T]` int64, number of blocks."""
-    per_sample = (lengths + _BLOCK_SIZE - 1) // _BLOCK_SIZE
-    first = torch.cumsum(per_sample, 0) - per_sample
-    most = max(int(per_sample.max()), 1)
-    table = (first[:, None] + torch.arange(most)).to(torch.int32)
-    num_blocks = max(int(per_sample.sum()), 1)
-    offsets = [
-        torch.arange(n) + start * _BLOCK_SIZE
-        for n, start in zip(lengths.tolist(), first.tolist(), strict=True)
-    ]
-    return table.clamp_(max=num_blocks - 1), torch.cat(offsets).long(), num_blocks

@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_graft.serve.scratch import scratch_blocks
+
 PAGE_SIZE = 16
 """vLLM's default block size on CUDA; the kernel's tiling depends on it."""
 
@@ -150,13 +152,8 @@ def _scratch(lengths: tuple[int, ...], device: torch.device) -> tuple[Layout, to
 
     Kept, because every layer of a model asks for the same one.
     """
+    table, slots, pages = scratch_blocks(lengths, PAGE_SIZE)
     sizes = torch.tensor(lengths, dtype=torch.int32)
-    needed = (sizes + PAGE_SIZE - 1) // PAGE_SIZE
-    first = torch.cumsum(needed, 0) - needed
-    most, pages = max(int(needed.max()), 1), max(int(needed.sum()), 1)
-    table = (first[:, None] + torch.arange(most)).clamp_(max=pages - 1).to(torch.int32)
-    starts = (first * PAGE_SIZE).tolist()
-    slots = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
     borders = torch.cat([torch.zeros(1), sizes.cumsum(0)]).to(torch.int32)
     borders, sizes, table = (x.to(device) for x in (borders, sizes, table))
     layout = Layout(borders, sizes, table, max(lengths), max(lengths))

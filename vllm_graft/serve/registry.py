@@ -59,10 +59,9 @@ def registrations() -> dict[str, Registration]:
         RegistrationError: the variable does not hold such an object.
     """
     try:
-        recorded = json.loads(os.environ.get(ENV, "{}")).items()
         return {
             arch: Registration(**({"target": entry} if isinstance(entry, str) else entry))
-            for arch, entry in recorded
+            for arch, entry in json.loads(os.environ.get(ENV, "{}")).items()
         }
     except (ValueError, AttributeError, TypeError) as error:
         raise RegistrationError(
@@ -116,17 +115,19 @@ def _named(arch: str, factory: Factory | str) -> Registration:
 
 
 def _record(arch: str, registration: Registration) -> None:
-    recorded = json.loads(os.environ.get(ENV, "{}"))
-    recorded[arch] = asdict(registration)
-    os.environ[ENV] = json.dumps(recorded)
+    _write({**registrations(), arch: registration})
+
+
+def _write(known: dict[str, Registration]) -> None:
+    os.environ[ENV] = json.dumps({arch: asdict(entry) for arch, entry in known.items()})
 
 
 def forget(arch: str) -> None:
     """Drop the record of an architecture that stock vLLM now provides."""
-    recorded = json.loads(os.environ.get(ENV, "{}"))
-    if recorded.pop(arch, None) is not None:
+    known = registrations()
+    if known.pop(arch, None) is not None:
         _LOCAL.pop(arch, None)
-        os.environ[ENV] = json.dumps(recorded)
+        _write(known)
 
 
 def attach(registry: ModuleType) -> None:

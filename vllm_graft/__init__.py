@@ -20,6 +20,7 @@ _HOME = {
     "create_mla_kv_cache_spec": "vllm_graft.attention.mla",
     "replace_with_trainable_attention": "vllm_graft.attention.replace",
     "SwapReport": "vllm_graft.attention.replace",
+    "record_routing": "vllm_graft.routing",
     "convert_freqs_cis_to_real": "vllm_graft.rope",
     "store_positions_in_context": "vllm_graft.positions",
     "packed": "vllm_graft.positions",
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from vllm_graft.positions import packed as packed
     from vllm_graft.positions import store_positions_in_context as store_positions_in_context
     from vllm_graft.rope import convert_freqs_cis_to_real as convert_freqs_cis_to_real
+    from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
     from vllm_graft.weights.load import LoadReport as LoadReport

@@ -1,9 +1,10 @@
 """Layers that give a token the same bits in any batch, eager or compiled.
 
-Two things on CPU make a token's result depend on how it was computed:
-float32 products take another kernel for few rows, and compiled norms add in
-another order than eager ones. Both are taken out here; everything else in a
-decoder was measured to agree.
+Three things on CPU make a token's result depend on how it was computed:
+float32 products take another kernel for few rows, float32 `silu` and `sigmoid`
+round the last numbers of each thread's share in another way, and compiled
+norms add in another order than eager ones. They are taken out here; everything
+else in a decoder was measured to agree.
 """
 
 from __future__ import annotations
@@ -24,11 +25,12 @@ unless the count is a multiple of 4."""
 def make_exact(model: nn.Module) -> None:
     """Give each `nn.Linear`, `nn.RMSNorm` and `nn.LayerNorm` its exact forward.
 
-    Parameters and names stay. Subclasses with a forward of their own are left alone.
+    Parameters and names stay. Modules with a forward of their own are left alone.
     """
     for module in model.modules():
         for kind, forward in _EXACT.items():
-            if isinstance(module, kind) and type(module).forward is kind.forward:
+            own = "forward" in vars(module) or not isinstance(module, kind)
+            if not own and type(module).forward is kind.forward:
                 module.forward = partial(forward, module)
 
 
@@ -41,6 +43,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         `[..., M]`.
     """
+    if not _float32_on_cpu(x):
+        return F.linear(x, weight, bias)
+    if compiled_serving():
+        out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
+        return out
+    return _padded_linear(x, weight, bias)
+
+
+def _padded_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     rows = x.shape[:-1].numel()
     if rows >= _UNEVEN_ROWS or rows % 4 == 0:
         return F.linear(x, weight, bias)
@@ -48,17 +61,77 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
 
 
-def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    if x.dtype != torch.float32 or x.device.type != "cpu":
-        return F.linear(x, module.weight, module.bias)
-    if _compiled_serving():
-        out: torch.Tensor = torch.ops.vllm_graft.linear(x, module.weight, module.bias)
+def silu(x: torch.Tensor) -> torch.Tensor:
+    """`F.silu` whose numbers do not depend on where they lie in `x`, of any shape."""
+    if not _float32_on_cpu(x):
+        return F.silu(x)
+    if compiled_serving():
+        out: torch.Tensor = torch.ops.vllm_graft.silu(x)
         return out
+    exact: torch.Tensor = _Silu.apply(x)  # type: ignore[no-untyped-call]
+    return exact
+
+
+def sigmoid(x: torch.Tensor) -> torch.Tensor:
+    """`torch.sigmoid` whose numbers do not depend on where they lie in `x`, of any shape."""
+    if not _float32_on_cpu(x):
+        return torch.sigmoid(x)
+    if compiled_serving():
+        out: torch.Tensor = torch.ops.vllm_graft.sigmoid(x)
+        return out
+    exact: torch.Tensor = _Sigmoid.apply(x)  # type: ignore[no-untyped-call]
+    return exact
+
+
+# `exp` and the basic operations round every number alike, unlike the fused kernels. In
+# bf16 and fp16 the fused kernels do too (tried on all 65,536 numbers).
+def _silu(x: torch.Tensor) -> torch.Tensor:
+    return x / torch.exp(-x).add_(1)
+
+
+def _sigmoid(x: torch.Tensor) -> torch.Tensor:
+    return torch.exp(-x).add_(1).reciprocal_()
+
+
+class _Silu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return _silu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
+        return out
+
+
+class _Sigmoid(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        out = _sigmoid(x)
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = torch.ops.aten.sigmoid_backward(grad, *ctx.saved_tensors)
+        return out
+
+
+def heads_product(x_TNK: torch.Tensor, weight_NKM: torch.Tensor) -> torch.Tensor:
+    """One product per head, `[T, N, M]`, whose rows do not depend on how many there are."""
+    rows = x_TNK.shape[0]
+    uneven = x_TNK.dtype == torch.float32 and x_TNK.device.type == "cpu" and rows < _UNEVEN_ROWS
+    padded = F.pad(x_TNK, (0, 0, 0, 0, 0, -rows % 4)) if uneven else x_TNK
+    return torch.bmm(padded.transpose(0, 1), weight_NKM).transpose(0, 1)[:rows]
+
+
+def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
     return linear(x, module.weight, module.bias)
 
 
 def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == "cpu" and _compiled_serving():
+    if x.device.type == "cpu" and compiled_serving():
         out: torch.Tensor = torch.ops.vllm_graft.rms_norm(
             x, module.normalized_shape, module.weight, module.eps
         )
@@ -67,7 +140,7 @@ def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_norm_forward(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == "cpu" and _compiled_serving():
+    if x.device.type == "cpu" and compiled_serving():
         out: torch.Tensor = torch.ops.vllm_graft.layer_norm(
             x, module.normalized_shape, module.weight, module.bias, module.eps
         )
@@ -82,30 +155,43 @@ _EXACT: dict[Any, Callable[..., torch.Tensor]] = {
 }
 
 
-def _compiled_serving() -> bool:
+def _float32_on_cpu(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def compiled_serving() -> bool:
     """Whether this is being traced for inference: then the eager kernel is called as it is."""
     return torch.compiler.is_compiling() and not torch.is_grad_enabled()
 
 
-# Opaque to the compiler, so that it keeps the eager kernels. No autograd: traced
-# only with gradients off.
 _LIBRARY = torch.library.Library("vllm_graft", "DEF")
-_OPS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor": (
-        linear,
-        lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-    ),
-    "rms_norm(Tensor x, SymInt[] shape, Tensor? weight, float? eps) -> Tensor": (
-        F.rms_norm,
-        lambda x, shape, weight, eps: torch.empty_like(x),
-    ),
-    "layer_norm(Tensor x, SymInt[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor": (
-        F.layer_norm,
-        lambda x, shape, weight, bias, eps: torch.empty_like(x),
-    ),
-}
-for _schema, (_kernel, _fake) in _OPS.items():
-    _LIBRARY.define(_schema)
-    _name = _schema.split("(")[0]
-    _LIBRARY.impl(_name, _kernel, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"vllm_graft::{_name}", _fake, lib=_LIBRARY)
+
+
+def define_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    """Make `torch.ops.vllm_graft.NAME`, opaque to the compiler so that it keeps eager kernels.
+
+    It has no autograd: call it only where `compiled_serving()`.
+    """
+    name = schema.split("(")[0]
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"vllm_graft::{name}", fake, lib=_LIBRARY)
+
+
+define_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _padded_linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
+define_op("silu(Tensor x) -> Tensor", _silu, torch.empty_like)
+define_op("sigmoid(Tensor x) -> Tensor", _sigmoid, torch.empty_like)
+define_op(
+    "rms_norm(Tensor x, SymInt[] shape, Tensor? weight, float? eps) -> Tensor",
+    F.rms_norm,
+    lambda x, shape, weight, eps: torch.empty_like(x),
+)
+define_op(
+    "layer_norm(Tensor x, SymInt[] shape, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    F.layer_norm,
+    lambda x, shape, weight, bias, eps: torch.empty_like(x),
+)

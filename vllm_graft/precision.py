@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 TABLE_NAME = re.compile(
-    r"(^|_)(freqs?|rope|rotary|cos|sin)(_|$)|^(expert_bias|e_score_correction_bias)$"
+    r"(^|_)(freqs?|rope|rotary|cos|sin)(_|$)"
+    r"|^((expert_bias|tokens_per_expert)(_E)?|e_score_correction_bias)$"
 )
-"""Buffers that lose their meaning in bf16: RoPE tables and router biases."""
+"""Buffers that lose their meaning in bf16: RoPE tables, router biases and token counts."""
 
 
 def keep_table_precision(model: nn.Module, extra: dict[nn.Module, set[str]]) -> None:

@@ -1,22 +1,39 @@
 """Multi-head latent attention (DeepSeek V2/V3): trainable block and cache spec.
 
-This release trains `TrainableMLA`; the adapter refuses to serve it.
-
 Legend: T tokens, B sequences, L length, D width, N heads, R latent rank
-(`kv_lora_rank`), P rope dims (`qk_rope_head_dim`).
+(`kv_lora_rank`), C nope dims (`qk_nope_head_dim`), P rope dims
+(`qk_rope_head_dim`), V value dims (`v_head_dim`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from vllm_graft.attention.flash import token_positions
-from vllm_graft.attention.kernels import AttentionSpec, sample_borders, sdpa_packed
+from vllm_graft.attention.kernels import AttentionSpec, sample_borders
+from vllm_graft.attention.latent import attend_latent
+from vllm_graft.positions import current_batch
 from vllm_graft.rope import apply_rope, whole_table
+
+Rotate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+"""RoPE on `q_pe` `[T, N, P]` and `k_pe` `[T, 1, P]`."""
+
+
+class PagedLatentLayer(Protocol):
+    """A vLLM MLA layer with its paged latent cache (`serve.kv` makes them)."""
+
+    def active(self) -> bool:
+        """Whether vLLM is running a forward at this moment."""
+
+    def __call__(
+        self, q_TNH: torch.Tensor, kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor
+    ) -> torch.Tensor:
+        """Write the latent vectors to the cache and attend to it; `[T, N, V]`."""
 
 
 @dataclass
@@ -49,6 +66,10 @@ class TrainableMLA(nn.Module):
     Parameters: `wq`, or `wq_a`, `q_norm`, `wq_b` with a query rank; `wkv_a`
     (R + P rows), `kv_norm`, `wkv_b`, `wo`. RoPE pairs adjacent dimensions, as
     TorchTitan's complex tables do (DeepSeek-V3 paper, section 2.1.1).
+
+    Built inside vLLM's model construction it is bound to one paged latent
+    cache and uses that while vLLM runs a forward; everywhere else it is an
+    ordinary differentiable module. Both read the same `wkv_b`.
     """
 
     def __init__(self, config: MLAConfig) -> None:
@@ -67,6 +88,23 @@ class TrainableMLA(nn.Module):
         kv_size = c.num_heads * (c.qk_nope_head_dim + c.v_head_dim)
         self.wkv_b = nn.Linear(c.kv_lora_rank, kv_size, bias=False)
         self.wo = nn.Linear(c.num_heads * c.v_head_dim, c.hidden_size, bias=False)
+        # Not a submodule: the adapter owns the paged layers, the state dict stays the user's.
+        self._paged: PagedLatentLayer | None = None
+
+    @property
+    def spec(self) -> AttentionSpec:
+        """Scale and causality, as the kernels take them."""
+        c = self.config
+        scale = c.qk_head_dim**-0.5 if c.scale is None else c.scale
+        return AttentionSpec(scale=scale, causal=c.causal)
+
+    def bind(self, layer: PagedLatentLayer) -> None:
+        """Use `layer` whenever vLLM runs a forward."""
+        self._paged = layer
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy (deepcopy, pickle) is a plain trainable module: one cache has one owner.
+        return {**self.__dict__, "_paged": None}
 
     def forward(
         self,
@@ -86,31 +124,54 @@ class TrainableMLA(nn.Module):
         """
         if attention_mask is not None:
             raise ValueError("TrainableMLA takes no dense attention_mask; pass cu_seqlens")
-        c, lead = self.config, hidden_states.shape[:-1]
-        borders = sample_borders(self, lead, cu_seqlens)
         at = token_positions(hidden_states, positions, cu_seqlens)
         table = whole_table(freqs_cis)
-        q_nope, q_pe = self._queries(hidden_states.flatten(0, -2)).split(
-            [c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1
-        )
-        latent, k_pe = self.wkv_a(hidden_states.flatten(0, -2)).split(
-            [c.kv_lora_rank, c.qk_rope_head_dim], dim=-1
-        )
-        expanded = self.wkv_b(self.kv_norm(latent)).unflatten(-1, (c.num_heads, -1))
-        k_nope, v = expanded.split([c.qk_nope_head_dim, c.v_head_dim], dim=-1)
-        q_pe, k_pe = (apply_rope(x, table, at) for x in (q_pe, k_pe.unsqueeze(1)))
+
+        def rotate(q_pe: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return apply_rope(q_pe, table, at), apply_rope(k_pe, table, at)
+
+        return self.attend(hidden_states, rotate, cu_seqlens)
+
+    def attend(
+        self, hidden_states: torch.Tensor, rotate: Rotate, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """The block around a RoPE of the caller's; `[T, D]` or `[B, L, D]`."""
+        c, lead = self.config, hidden_states.shape[:-1]
+        flat = hidden_states.flatten(0, -2)
+        q_nope, q_pe = self._queries(flat).split([c.qk_nope_head_dim, c.qk_rope_head_dim], dim=-1)
+        latent, k_pe = self.wkv_a(flat).split([c.kv_lora_rank, c.qk_rope_head_dim], dim=-1)
+        q_pe, k_pe = rotate(q_pe, k_pe.unsqueeze(1))
         q = torch.cat([q_nope, q_pe], dim=-1)
-        k = torch.cat([k_nope, k_pe.expand(-1, c.num_heads, -1)], dim=-1)
-        scale = c.qk_head_dim**-0.5 if c.scale is None else c.scale
-        spec = AttentionSpec(scale=scale, causal=c.causal)
-        out = sdpa_packed(q, k, v, borders, spec, c.dropout if self.training else 0.0)
+        out = self._attention(q, self.kv_norm(latent), k_pe.squeeze(1), lead, cu_seqlens)
         projected: torch.Tensor = self.wo(out.flatten(1).view(*lead, -1))
         return projected
+
+    def _attention(
+        self,
+        q_TNH: torch.Tensor,
+        kv_c_TR: torch.Tensor,
+        k_pe_TP: torch.Tensor,
+        lead: torch.Size,
+        cu_seqlens: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self._paged is not None and self._paged.active():
+            return self._paged(q_TNH, kv_c_TR, k_pe_TP)
+        batch = current_batch()
+        if batch is not None and batch.serving:
+            raise RuntimeError(
+                "a TrainableMLA without a KV cache runs in the engine. Each must be a registered "
+                "submodule of the model that the factory returns (not in a plain list or dict), "
+                "and may not be added to a live model"
+            )
+        borders = sample_borders(self, lead, cu_seqlens)
+        dropout = self.config.dropout if self.training else 0.0
+        weight = self.wkv_b.weight
+        return attend_latent(q_TNH, kv_c_TR, k_pe_TP, weight, borders, self.spec, dropout)
 
     def _queries(self, x_TD: torch.Tensor) -> torch.Tensor:
         c = self.config
         q = self.wq(x_TD) if c.q_lora_rank == 0 else self.wq_b(self.q_norm(self.wq_a(x_TD)))
-        heads: torch.Tensor = q.unflatten(-1, (c.num_heads, c.qk_head_dim))
+        heads: torch.Tensor = q.unflatten(-1, (-1, c.qk_head_dim))
         return heads
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_graft.families import plain, torchtitan
+from vllm_graft.families import plain, torchtitan, torchtitan_mla, torchtitan_moe
 from vllm_graft.families.swap import Swap
 from vllm_graft.precision import keep_table_precision
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm_graft")
 _ATTENTION_NAMES = ("attention", "self_attn", "self_attention", "attn")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
-FAMILIES = (torchtitan, plain)
+FAMILIES = (torchtitan_mla, torchtitan, plain)
 """Tried in order. Each has `matches(attention) -> bool` and `plan(attention) -> Swap`."""
 
 
@@ -28,10 +28,11 @@ class LayerSwap:
 
     name: str
     kind: str
-    """`"inner_attention"` (the seam) or `"block"` (old projections adopted)."""
+    """`"inner_attention"` (the seam), `"block"` (old projections adopted) or `"mla"` (latent)."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    """Of the cached keys: for MLA the latent rank plus the rope dims, under one KV head."""
     proven: bool
     """False where a swapped block could not be tried out against the old one."""
 
@@ -54,8 +55,9 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
     """Swap the attention of every layer for one that vLLM serves and autograd trains.
 
     Parameter names stay as they were. TorchTitan models keep their own
-    projections, norms and RoPE (only `inner_attention` changes); blocks with
-    `wq`, `wk`, `wv`, `wo` are swapped whole and keep those modules. RoPE tables
+    projections, norms and RoPE (only `inner_attention` changes, or for latent
+    attention the block's forward, see `TrainableMLA`); blocks with `wq`, `wk`,
+    `wv`, `wo` are swapped whole and keep those modules. RoPE tables
     and router biases keep their precision through a later `.to(dtype)`. A
     second call changes nothing, and neither does a call that raises.
 
@@ -81,6 +83,7 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
     # Nothing was touched so far: a refusal leaves the model as it was.
     for entry in planned:
         entry.apply()
+    torchtitan_moe.correct_feed_forward(model)
     keep_table_precision(model, torchtitan.rope_tables(model))
     return SwapReport(
         layers=tuple(entry.describe() for entry in planned),
@@ -134,13 +137,12 @@ class _Planned:
             self.swap.apply()
 
     def describe(self) -> LayerSwap:
-        core = self.swap.core
         return LayerSwap(
             name=self.where,
             kind=self.swap.kind,
-            num_heads=core.num_heads,
-            num_kv_heads=core.num_kv_heads,
-            head_dim=core.head_dim,
+            num_heads=self.swap.num_heads,
+            num_kv_heads=self.swap.num_kv_heads,
+            head_dim=self.swap.head_dim,
             proven=self.swap.proven,
         )
 
@@ -170,11 +172,6 @@ def _check_mla(where: str, attention: nn.Module, use_mla: bool) -> None:
         raise ValueError(
             f"{where}: {type(attention).__name__} is latent attention (it has wkv_a); "
             "call with use_mla=True"
-        )
-    if has_mla:
-        raise ValueError(
-            f"{where}: swapping latent attention is not in this release; "
-            "TrainableMLA can be built by hand and trained"
         )
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.flash import TrainableFlashAttention
 from vllm_graft.families.proof import prove
-from vllm_graft.families.swap import Swap
+from vllm_graft.families.swap import Swap, swap_of
 from vllm_graft.positions import current_batch
 
 KIND = "block"
@@ -62,12 +62,12 @@ def plan(attention: Any) -> Swap:
         ValueError: the block computes something the new one would not.
     """
     if isinstance(attention, AdoptedAttention):
-        return Swap(kind=KIND, core=attention.core)
+        return swap_of(KIND, attention.core)
     _check_parts(attention)
     table = _table_argument(attention)
     new = AdoptedAttention(attention, table)
     proven = prove(attention, new, table)
-    return Swap(kind=KIND, core=new.core, replacement=new, proven=proven)
+    return swap_of(KIND, new.core, replacement=new, proven=proven)
 
 
 _REPLACED = {"sdpa", "inner_attention", "attn_dropout", "resid_dropout", "dropout"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -15,8 +16,11 @@ class Swap:
     """A swap that is ready to be made, or was made before."""
 
     kind: str
-    """`"inner_attention"` (the seam) or `"block"` (old projections adopted)."""
-    core: CoreAttention
+    """`"inner_attention"` (the seam), `"block"` (old projections adopted) or `"mla"`."""
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    """Of the cached keys: for MLA the latent rank plus the rope dims, under one KV head."""
     replacement: nn.Module | None = None
     """The block to put in the old one's place; None to keep it."""
     apply: Callable[[], None] | None = None
@@ -28,3 +32,14 @@ class Swap:
     def changes(self) -> bool:
         """Whether there is anything to do."""
         return self.replacement is not None or self.apply is not None
+
+
+def swap_of(kind: str, core: CoreAttention, **rest: Any) -> Swap:
+    """The swap that ends in `core`."""
+    return Swap(
+        kind=kind,
+        num_heads=core.num_heads,
+        num_kv_heads=core.num_kv_heads,
+        head_dim=core.head_dim,
+        **rest,
+    )

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
-from vllm_graft.families.swap import Swap
+from vllm_graft.families.swap import Swap, swap_of
 from vllm_graft.positions import current_batch
 
 KIND = "inner_attention"
@@ -37,10 +37,15 @@ class TitanCoreAttention(CoreAttention):
             raise ValueError(f"called with scale={scale}, but built with scale={self.spec.scale}")
         if kwargs.get("out_transform") is not None:
             raise ValueError("out_transform (attention epilogues) is not supported")
-        return super().forward(q, k, v, cu_seqlens=_borders(attention_masks))
+        return super().forward(q, k, v, cu_seqlens=borders_of(attention_masks))
 
 
-def _borders(attention_masks: Any) -> torch.Tensor | None:
+def borders_of(attention_masks: Any) -> torch.Tensor | None:
+    """The sample borders in TorchTitan's masks argument, None for none.
+
+    Raises:
+        ValueError: masks of another kind.
+    """
     if attention_masks is None:
         return None
     borders: torch.Tensor | None = getattr(attention_masks, "cu_seq_q", None)
@@ -64,7 +69,7 @@ def plan(attention: Any) -> Swap:
         ValueError: a window that is not causal.
     """
     if isinstance(attention.inner_attention, CoreAttention):
-        return Swap(kind=KIND, core=attention.inner_attention)
+        return swap_of(KIND, attention.inner_attention)
     core = TitanCoreAttention(
         attention.n_heads,
         attention.n_kv_heads,
@@ -72,7 +77,7 @@ def plan(attention: Any) -> Swap:
         scale=attention.scaling,
         sliding_window=_window(attention.inner_attention),
     )
-    return Swap(kind=KIND, core=core, apply=partial(_take_seam, attention, core))
+    return swap_of(KIND, core, apply=partial(_take_seam, attention, core))
 
 
 def _take_seam(attention: Any, core: CoreAttention) -> None:

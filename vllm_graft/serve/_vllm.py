@@ -189,6 +189,16 @@ def _layer_class() -> Any:
     return GraftPagedAttention
 
 
+EXACT_OPTION = "vllm_graft_exact"
+"""Key in vLLM's `additional_config`, True by default."""
+
+
+def serves_exactly(vllm_config: Any) -> bool:
+    """Whether serving keeps to the training forward's arithmetic where that costs speed."""
+    extra = vllm_config.additional_config
+    return bool(extra.get(EXACT_OPTION, True)) if isinstance(extra, dict) else True
+
+
 def mla_kv_cache_spec(*, head_size: int, block_size: int, dtype: torch.dtype) -> Any:
     """`MLAAttentionSpec` with the one latent vector per token that MLA caches."""
     from vllm.v1.kv_cache_interface import MLAAttentionSpec

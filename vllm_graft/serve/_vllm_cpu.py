@@ -1,6 +1,7 @@
-"""The CPU attention kernel of vLLM, for the training forward (internals of vLLM, as `_vllm.py`).
+"""vLLM's CPU attention kernels, for the training forward (internals of vLLM, as `_vllm.py`).
 
-Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim.
+Legend: T packed tokens, B samples, N query heads, K key/value heads, H head dim,
+R latent rank, P rope dims.
 """
 
 from __future__ import annotations
@@ -8,10 +9,14 @@ from __future__ import annotations
 import functools
 
 import torch
+import torch.nn.functional as F
 
-from vllm_graft.serve.scratch import scratch_blocks
+from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
+LATENT_BLOCK_SIZE = 16
+LATENT_RANK, LATENT_ROPE = 512, 64
+"""What `mla_decode_kvcache` is compiled for (vLLM 0.32, `csrc/cpu/mla_decode.cpp`)."""
 
 
 @functools.cache
@@ -90,3 +95,75 @@ def paged_attention(
         s_aux=None,
     )
     return out
+
+
+@functools.cache
+def supports_latent(*, kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether the latent kernel takes these sizes; smaller ones are padded to its own."""
+    from vllm.platforms import current_platform
+
+    fits = kv_lora_rank <= LATENT_RANK and qk_rope_head_dim <= LATENT_ROPE
+    known = dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return fits and known and bool(current_platform.is_cpu())
+
+
+def latent_attention(
+    q_TNC: torch.Tensor,
+    cache: torch.Tensor,
+    batch: LatentBatch,
+    scale: float,
+    qk_rope_head_dim: int,
+) -> torch.Tensor:
+    """Attention in the latent space: one arithmetic for prefill, decode and training.
+
+    vLLM calls this kernel for decode, one query per sequence. Here every token
+    is an entry of its own that sees as many keys as stand before it, so a
+    token's result does not depend on how its sequence came into the cache.
+
+    Args:
+        q_TNC: `[T, N, R + P]` absorbed queries.
+        cache: `[blocks, 16, R + P]`, the tokens' own latent vectors already in it.
+        batch: blocks and lengths of the tokens.
+        scale: of the scores before softmax.
+        qk_rope_head_dim: P.
+
+    Returns:
+        `[T, N, R]` weighted latent vectors in `q_TNC`'s dtype.
+    """
+    from vllm import _custom_ops as ops
+
+    rank = q_TNC.shape[-1] - qk_rope_head_dim
+    table = batch.block_table
+    if (rank, qk_rope_head_dim) != (LATENT_RANK, LATENT_ROPE):
+        cache, table = _padded(cache[table.flatten().long()], rank), _own_blocks(table)
+        q_TNC = _padded(q_TNC, rank)
+    out = q_TNC.new_zeros(*q_TNC.shape[:2], LATENT_RANK)
+    ops.mla_decode_kvcache_cpu(
+        out, q_TNC.contiguous(), cache, scale, table[batch.sequence], batch.lengths
+    )
+    return out[..., :rank]
+
+
+def _padded(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """Latent and rope dims at the kernel's own places, zeros (which change nothing) between."""
+    latent, rope = x.split([rank, x.shape[-1] - rank], dim=-1)
+    return torch.cat(
+        [F.pad(latent, (0, LATENT_RANK - rank)), F.pad(rope, (0, LATENT_ROPE - rope.shape[-1]))], -1
+    )
+
+
+def _own_blocks(table: torch.Tensor) -> torch.Tensor:
+    """The block table of blocks gathered in the order of `table`."""
+    return torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+
+
+def latent_scratch(
+    kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor, cu_seqlens: torch.Tensor
+) -> tuple[torch.Tensor, LatentBatch]:
+    """A latent cache filled with packed samples: `[blocks, 16, R + P]`, and where they are."""
+    lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+    table, slots, num_blocks = scratch_blocks(lengths, LATENT_BLOCK_SIZE)
+    rows = torch.cat([kv_c_TR, k_pe_TP], dim=-1)
+    cache = rows.new_zeros(num_blocks * LATENT_BLOCK_SIZE, rows.shape[-1])
+    cache[slots] = rows
+    return cache.view(num_blocks, LATENT_BLOCK_SIZE, -1), LatentBatch.of(cu_seqlens, table)

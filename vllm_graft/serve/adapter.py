@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar
@@ -13,18 +12,15 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from vllm_graft.attention.mla import TrainableMLA
 from vllm_graft.exact import make_exact
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm
 from vllm_graft.serve.body import call, find_layout, make_body
 from vllm_graft.serve.kv import PagedAttention, bind
+from vllm_graft.serve.loading import Loading
 from vllm_graft.serve.registry import factory_of
-from vllm_graft.weights.load import LoadReport, WeightError, accounting_later, missing_text
-from vllm_graft.weights.sentinel import Sentinels
-
-logger = logging.getLogger("vllm_graft")
+from vllm_graft.weights.errors import WeightError
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
 _DRY_RUN_POSITIONS = (40, 3, 17, 0, 29, 11)
@@ -65,11 +61,7 @@ class GraftForCausalLM(nn.Module):
         self._max_model_len = vllm_config.model_config.max_model_len
         self._modules_below: list[nn.Module] = []
         self._modules_as_of = -1
-        self._parameters_below = dict(self.model.named_parameters())
-        self._sentinels: Sentinels | None = None
-        self._reports: list[LoadReport] = []
-        self._loaded_once = False
-        self._refusal: str | None = None
+        self._loading = Loading(self.arch, self.model)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings `[T, D]`."""
@@ -85,8 +77,8 @@ class GraftForCausalLM(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states `[T, D]` for vLLM's flat batch of T tokens."""
-        if self._refusal is not None:
-            raise WeightError(f"{self.arch} refuses to serve: {self._refusal}")
+        if self._loading.refusal is not None:
+            raise WeightError(f"{self.arch} refuses to serve: {self._loading.refusal}")
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(f"{self.arch}: prompt embeddings are not supported; send token ids")
         if positions.dim() != 1:
@@ -170,76 +162,14 @@ class GraftForCausalLM(nn.Module):
         return logits[..., : self._vocab_size]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
-        """Let the user's module load, and learn which parameters were written.
-
-        vLLM may call this once with everything or once per tensor. Returns the
-        written names as soon as all are; None says "not complete", and the
-        account is then settled in `_weights_ready`.
-        """
-        self._mark()
-        try:
-            with accounting_later() as reports:
-                self.model.load_weights(weights)  # type: ignore[operator]
-        except Exception as error:
-            self._give_up(f"loading weights failed: {error}")
-            raise
-        if self._sentinels is None:
-            return None
-        self._reports += reports
-        if self._sentinels.unwritten():
-            return None
-        return {f"model.{name}" for name in self._parameters_below}
-
-    def _mark(self) -> None:
-        """Mark parameters before the initial load, and before a layerwise update.
-
-        A layerwise update has put parameters on meta, so no request can read
-        the marked storage. Any other later call writes to weights in use:
-        those are not marked.
-        """
-        on_meta = any(p.is_meta for p in self.model.parameters())
-        if self._sentinels is None and (on_meta or not self._loaded_once):
-            self._sentinels = Sentinels(dict(self._parameters_below))
-            self._reports = []
-
-    def _give_up(self, reason: str) -> None:
-        """A load broke off: the weights may be a mixture until a whole one has gone through."""
-        self._refusal = reason
-        if self._sentinels is not None:
-            self._sentinels.remove()
-            self._sentinels = None
+        """Let the user's module load; see `Loading.take`."""
+        written = self._loading.take(weights)
+        return None if written is None else {f"model.{name}" for name in written}
 
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
-        if self._sentinels is not None:
-            unwritten = self._sentinels.unwritten()
-            self._sentinels.remove()
-            self._sentinels = None
-            self._refusal = self._account(unwritten)
-        if self._refusal is not None:
-            raise WeightError(f"{self.arch}: {self._refusal}")
-        if not self._loaded_once:
-            self._loaded_once = True
+        if self._loading.finish():
             self._try_out()
-
-    def _account(self, unwritten: dict[str, str]) -> str | None:
-        for report in self._reports:
-            logger.info("%s: %s", self.arch, str(report).splitlines()[0])
-        if not unwritten:
-            return None
-        from_checkpoint = set().union(*(report.written for report in self._reports))
-        nan = [n for n in unwritten if id(self._parameters_below[n]) in from_checkpoint]
-        left = [name for name in unwritten if name not in nan]
-        partly = [name for name in left if unwritten[name] != "missing"]
-        lines = []
-        if nan:
-            lines.append(f"the checkpoint has NaN values in {', '.join(nan)}")
-        if left:
-            skipped = [name for report in self._reports for name in report.skipped]
-            lines.append(missing_text(left, skipped))
-        if partly:
-            lines.append(f"only partly written: {', '.join(partly)}")
-        return "\n".join(lines)
 
 
 @functools.cache
@@ -286,8 +216,6 @@ def _check_model(arch: str, model: Any) -> None:
         raise ValueError(
             f"{arch}: supports_multimodal = True, but Graft serves text only; set it to False"
         )
-    if any(isinstance(module, TrainableMLA) for module in model.modules()):
-        raise ValueError(f"{arch}: TrainableMLA trains, but this release does not serve it")
 
 
 def model_digest(arch: str, model: nn.Module) -> str:

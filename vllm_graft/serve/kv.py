@@ -1,4 +1,4 @@
-"""Binding: one paged vLLM layer for every `CoreAttention` of a model."""
+"""Binding: one paged vLLM layer for every `CoreAttention` and `TrainableMLA` of a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
-from vllm_graft.serve import _vllm
+from vllm_graft.attention.mla import TrainableMLA
+from vllm_graft.serve import _vllm, _vllm_mla
 
 
 class PagedAttention:
@@ -39,8 +40,7 @@ class PagedAttention:
             RuntimeError: the module already ran in this forward: one cache
                 cannot hold the keys of two uses.
         """
-        if not torch.compiler.is_compiling():
-            self._count_call()
+        self._count_call()
         if self.rehearsing:
             return q_TNH + (k_TKH + v_TKH).repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], 1)
         flat = (x.flatten(1).contiguous() for x in (q_TNH, k_TKH, v_TKH))
@@ -48,6 +48,8 @@ class PagedAttention:
         return out.view(q_TNH.shape)
 
     def _count_call(self) -> None:
+        if torch.compiler.is_compiling():
+            return
         self.calls += 1
         if self.calls > 1:
             raise RuntimeError(
@@ -55,6 +57,31 @@ class PagedAttention:
                 "cache of its own: build one attention module per use (their projections may "
                 "share weights)"
             )
+
+
+class PagedLatent(PagedAttention):
+    """A vLLM MLA layer as `TrainableMLA` calls it."""
+
+    def __call__(
+        self, q_TNH: torch.Tensor, kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor
+    ) -> torch.Tensor:
+        """Cache the latent vectors and rotated keys, attend to the cache; `[T, N, V]`.
+
+        Raises:
+            RuntimeError: the module already ran in this forward.
+        """
+        self._count_call()
+        shape = (*q_TNH.shape[:2], self.layer.v_head_dim)
+        if self.rehearsing:
+            own = q_TNH.sum(-1) + (kv_c_TR.sum(-1) + k_pe_TP.sum(-1))[:, None]
+            return own[..., None].expand(shape)
+        out: torch.Tensor = self.layer(
+            q_TNH.contiguous(),
+            kv_c_TR.contiguous(),
+            k_pe_TP.unsqueeze(1).contiguous(),
+            output_shape=(shape[0], shape[1] * shape[2]),
+        )
+        return out.view(shape)
 
 
 def cache_names(names: list[str]) -> list[str]:
@@ -77,7 +104,7 @@ def cache_names(names: list[str]) -> list[str]:
 def bind(
     model: nn.Module, vllm_config: Any, prefix: str, on_weights_ready: Callable[[], None]
 ) -> list[PagedAttention]:
-    """Give every `CoreAttention` in `model` its paged layer.
+    """Give every `CoreAttention` and `TrainableMLA` in `model` its paged layer.
 
     Args:
         model: a model built by a factory, on its real dtype.
@@ -91,21 +118,31 @@ def bind(
     Raises:
         ValueError: no attention found, or attention that vLLM cannot cache.
     """
-    found = [(n, m) for n, m in model.named_modules() if isinstance(m, CoreAttention)]
+    kinds = (CoreAttention, TrainableMLA)
+    found: list[tuple[str, Any]] = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, kinds)
+    ]
     if not found:
         raise ValueError(
-            f"{type(model).__name__} has no CoreAttention, so vLLM has no KV cache to serve it "
-            "from; call replace_with_trainable_attention(model) in the factory, or build the "
-            "model with TrainableFlashAttention"
+            f"{type(model).__name__} has no CoreAttention or TrainableMLA, so vLLM has no KV cache "
+            "to serve it from; call replace_with_trainable_attention(model) in the factory, or "
+            "build the model with TrainableFlashAttention"
         )
     layers: list[PagedAttention] = []
     names = cache_names([f"{prefix}.{n}" if prefix else n for n, _ in found])
-    for (qualified, core), name in zip(found, names, strict=True):
-        if not core.spec.causal:
+    for (qualified, module), name in zip(found, names, strict=True):
+        if not module.spec.causal:
             raise ValueError(f"{qualified}: causal=False cannot be served from a KV cache")
-        ready = on_weights_ready if name == names[-1] else _nothing
-        layers.append(PagedAttention(_paged(core, name, vllm_config, ready), qualified))
-        core.bind(layers[-1])
+        options = {
+            "prefix": name,
+            "vllm_config": vllm_config,
+            "on_weights_ready": on_weights_ready if name == names[-1] else _nothing,
+        }
+        try:
+            layers.append(_paged(module, qualified, options))
+        except ValueError as error:
+            raise ValueError(f"{qualified}: {error}") from error
+        module.bind(layers[-1])
     return layers
 
 
@@ -113,16 +150,18 @@ def _nothing() -> None:
     """The completion call of all layers but the last."""
 
 
-def _paged(
-    core: CoreAttention, name: str, vllm_config: Any, on_weights_ready: Callable[[], None]
-) -> nn.Module:
-    return _vllm.paged_attention_layer(
-        num_heads=core.num_heads,
-        num_kv_heads=core.num_kv_heads,
-        head_size=core.head_dim,
-        scale=core.spec.scale,
-        sliding_window=core.spec.sliding_window,
-        prefix=name,
-        vllm_config=vllm_config,
-        on_weights_ready=on_weights_ready,
+def _paged(module: nn.Module, qualified: str, options: dict[str, Any]) -> PagedAttention:
+    if isinstance(module, TrainableMLA):
+        exact = _vllm.serves_exactly(options["vllm_config"])
+        layer = _vllm_mla.paged_latent_layer(module, exact=exact, **options)
+        return PagedLatent(layer, qualified)
+    assert isinstance(module, CoreAttention)  # noqa: S101 - `bind` looked for these two
+    layer = _vllm.paged_attention_layer(
+        num_heads=module.num_heads,
+        num_kv_heads=module.num_kv_heads,
+        head_size=module.head_dim,
+        scale=module.spec.scale,
+        sliding_window=module.spec.sliding_window,
+        **options,
     )
+    return PagedAttention(layer, qualified)

@@ -1,10 +1,11 @@
-"""Blocks of a scratch KV cache for packed samples, as the training forward needs it.
+"""Where packed samples lie in the blocks of a KV cache.
 
 Legend: T packed tokens, B samples, M most blocks of a sample.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -34,3 +35,30 @@ def scratch_blocks(
     starts = (first * block_size).tolist()
     slots = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
     return table, slots, count
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentBatch:
+    """What each token of a flat batch sees of a latent cache."""
+
+    block_table: torch.Tensor
+    """`[B, M]` int32 blocks of each sequence."""
+    sequence: torch.Tensor
+    """`[T]` int64, the sequence of each token."""
+    lengths: torch.Tensor
+    """`[T]` int32 keys that each token sees, itself included."""
+
+    @classmethod
+    def of(
+        cls,
+        query_start_loc: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor | None = None,
+    ) -> LatentBatch:
+        """From borders `[B + 1]` of the new tokens and lengths `[B]` with what is cached."""
+        new = (query_start_loc[1:] - query_start_loc[:-1]).long()
+        sequence = torch.repeat_interleave(torch.arange(len(new)), new)
+        before = torch.zeros_like(new) if seq_lens is None else seq_lens.long() - new
+        offsets = torch.arange(len(sequence)) - query_start_loc[:-1].long()[sequence]
+        lengths = (before[sequence] + offsets + 1).to(torch.int32)
+        return cls(block_table=block_table, sequence=sequence, lengths=lengths)

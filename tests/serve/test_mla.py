@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +12,15 @@ from torch import nn
 
 import vllm_graft
 from tests.serve.test_exactness import count_equal
-from tests.support import adapter, engine, generate, live_module, prompts, sampled_logprobs
+from tests.support import (
+    adapter,
+    engine,
+    generate,
+    live_module,
+    prompts,
+    sampled_logprobs,
+    training_logprobs,
+)
 from vllm_graft import MLAConfig, TrainableMLA, VLLMModelForCausalLM
 
 pytestmark = pytest.mark.engine
@@ -19,6 +28,8 @@ pytestmark = pytest.mark.engine
 ARCH = "HandWrittenMLA"
 LENGTHS = (1, 2, 15, 16, 17, 31, 100, 130, 200)
 REAL = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 24}
+DEEPSEEK = {"model_type": "deepseek_v3", "q_lora_rank": None}
+"""Makes vLLM choose MLA's block size by itself, and no prefix cache or chunked prefill."""
 SMALL = {"kv_lora_rank": 48, "qk_rope_head_dim": 16, "qk_nope_head_dim": 32, "v_head_dim": 40}
 
 
@@ -74,11 +85,10 @@ def checkpoint(folder, sizes, q_rank=0, **overrides):
         "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 4, "max_position_embeddings": 512, "q_rank": q_rank,
     }  # fmt: skip
-    (folder / "config.json").write_text(json.dumps(config | sizes | overrides))
-    from types import SimpleNamespace
-
+    config |= sizes | overrides
+    (folder / "config.json").write_text(json.dumps(config))
     torch.manual_seed(0)
-    model = HandWritten(SimpleNamespace(hf_config=SimpleNamespace(**(config | sizes))))
+    model = HandWritten(SimpleNamespace(hf_config=SimpleNamespace(**config)))
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=0.15)
     save_file(dict(model.named_parameters()), folder / "model.safetensors")
@@ -91,7 +101,7 @@ def checkpoint(folder, sizes, q_rank=0, **overrides):
 def test_every_sampled_token_is_equal(sizes, dtype, q_rank, tmp_path):
     vllm_graft.register(ARCH, HandWritten)
     with engine(
-        checkpoint(tmp_path, sizes, q_rank), dtype=dtype, enable_prefix_caching=True,
+        checkpoint(tmp_path, sizes, q_rank), ARCH, dtype=dtype, enable_prefix_caching=True,
         max_num_batched_tokens=96, enable_chunked_prefill=True,
     ) as llm:  # fmt: skip
         module, tokens = live_module(llm), prompts(LENGTHS, vocab_size=128)
@@ -100,3 +110,83 @@ def test_every_sampled_token_is_equal(sizes, dtype, q_rank, tmp_path):
         assert count_equal(module, tokens, together) == (180, 180)
         cached = [generate(llm, [prompt], **sampling)[0] for prompt in tokens]
         assert count_equal(module, tokens, cached) == (180, 180)
+
+
+def in_place(weight):
+    weight.mul_(-0.7)
+
+
+def behind_the_version_counter(weight):
+    weight.data.mul_(-0.7)
+
+
+def other_storage(weight):
+    weight.data = weight.data * -0.7
+
+
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+def test_a_changed_wkv_b_reaches_the_next_generation(exact, tmp_path):
+    """vLLM's own MLA layer serves copies of `wkv_b`, made when loading was complete."""
+    vllm_graft.register(ARCH, HandWritten)
+    options = {"additional_config": {"vllm_graft_exact": exact}, "dtype": "float32"}
+    folder = checkpoint(tmp_path, REAL, **({} if exact else DEEPSEEK))
+    with engine(folder, ARCH, enable_prefix_caching=False, **options) as llm:
+        module, tokens = live_module(llm), prompts((5, 40), vocab_size=128)
+        before = [sampled_logprobs(c) for c in generate(llm, tokens, max_tokens=8)]
+        for change in (in_place, behind_the_version_counter, other_storage):
+            with torch.no_grad():
+                change(module.layers[0].attention.wkv_b.weight)
+            after = generate(llm, tokens, max_tokens=8)
+            assert [sampled_logprobs(c) for c in after] != before
+            before = [sampled_logprobs(c) for c in after]
+            if exact:
+                assert count_equal(module, tokens, after) == (16, 16)
+            trained = training_logprobs(module, tokens, [list(c.token_ids) for c in after])
+            # fp32; vLLM's prefill expands keys and values, which adds in another order.
+            assert torch.cat(trained).tolist() == pytest.approx(
+                [x for row in before for x in row], abs=1e-4
+            )
+
+
+def test_an_optimizer_step_reaches_the_next_generation(tmp_path):
+    vllm_graft.register(ARCH, HandWritten)
+    with engine(checkpoint(tmp_path, REAL, 24), ARCH, dtype="float32") as llm:
+        module, tokens = live_module(llm), prompts((5, 40), vocab_size=128)
+        first = generate(llm, tokens, max_tokens=8)
+        trained = training_logprobs(module, tokens, [list(c.token_ids) for c in first])
+        torch.cat(trained).sum().backward()
+        assert all(p.grad is not None for p in module.parameters())
+        torch.optim.SGD(module.parameters(), lr=0.01).step()
+        llm.reset_prefix_cache()
+        second = generate(llm, tokens, max_tokens=8)
+        assert [sampled_logprobs(c) for c in second] != [sampled_logprobs(c) for c in first]
+        assert count_equal(module, tokens, second) == (16, 16)
+
+
+@pytest.mark.parametrize("sizes", [REAL, SMALL], ids=["512+64", "48+16"])
+def test_the_cache_holds_one_latent_vector_per_token_and_layer(sizes, tmp_path):
+    vllm_graft.register(ARCH, HandWritten)
+    width = sizes["kv_lora_rank"] + sizes["qk_rope_head_dim"]
+    with engine(checkpoint(tmp_path, sizes), ARCH, dtype="bfloat16") as llm:
+        config = llm.llm_engine.vllm_config
+        specs = [layer.get_kv_cache_spec(config) for layer in adapter(llm).kv_layers]
+        bytes_per_token = [spec.page_size_bytes / spec.block_size for spec in specs]
+        assert bytes_per_token == [width * 2, width * 2]
+        caches = [layer.kv_cache for layer in adapter(llm).kv_layers]
+        assert {cache.shape[1:] for cache in caches} == {(16, width)}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options", "text"),
+    [
+        (REAL | {"kv_lora_rank": 640}, {}, "kv_lora_rank=640, qk_rope_head_dim=64: .* at the most"),
+        (SMALL, {"additional_config": {"vllm_graft_exact": False}}, "or exact serving, which pads"),
+    ],
+    ids=["too wide", "fast"],
+)
+def test_sizes_that_cannot_be_served_are_named_before_the_engine_starts(
+    sizes, options, text, tmp_path
+):
+    vllm_graft.register(ARCH, HandWritten)
+    with pytest.raises(ValueError, match=f"layers.0.attention: .*{text}"):
+        engine(checkpoint(tmp_path, sizes), ARCH, **options).__enter__()

@@ -24,25 +24,31 @@ def qwen3_checkpoint(folder: Path, **overrides: Any) -> Path:
     """A small random Qwen3 checkpoint in Hugging Face format (float32)."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    sizes = {
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 256,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "max_position_embeddings": 1024,
-        "tie_word_embeddings": False,
-    }
+    model = Qwen3ForCausalLM(Qwen3Config(**(QWEN3_SIZES | overrides)))
+    spread_weights(model).save_pretrained(folder)
+    return folder
+
+
+QWEN3_SIZES = {
+    "vocab_size": 512,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": False,
+}
+
+
+def spread_weights(model: Any) -> Any:
+    """Random values, wide enough that greedy tokens vary and logits are far from uniform."""
     torch.manual_seed(0)
-    model = Qwen3ForCausalLM(Qwen3Config(**(sizes | overrides)))
     for parameter in model.parameters():
-        # Wide enough that greedy tokens vary and logits are far from uniform.
         spread = 0.08 if parameter.dim() > 1 else 0.3
         torch.nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=spread)
-    model.save_pretrained(folder)
-    return folder
+    return model
 
 
 @contextmanager

@@ -25,8 +25,10 @@ _HOME = {
     "store_positions_in_context": "vllm_graft.positions",
     "packed": "vllm_graft.positions",
     "load_external_weights": "vllm_graft.weights.load",
-    "LoadReport": "vllm_graft.weights.load",
-    "WeightError": "vllm_graft.weights.load",
+    "LoadReport": "vllm_graft.weights.account",
+    "RowOrder": "vllm_graft.weights.rows",
+    "interleave_rope_rows": "vllm_graft.weights.rows",
+    "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
     "register": "vllm_graft.serve.registry",
     "RegistrationError": "vllm_graft.serve.registry",
@@ -63,6 +65,8 @@ if TYPE_CHECKING:
     from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
-    from vllm_graft.weights.load import LoadReport as LoadReport
-    from vllm_graft.weights.load import WeightError as WeightError
+    from vllm_graft.weights.account import LoadReport as LoadReport
+    from vllm_graft.weights.errors import WeightError as WeightError
     from vllm_graft.weights.load import load_external_weights as load_external_weights
+    from vllm_graft.weights.rows import RowOrder as RowOrder
+    from vllm_graft.weights.rows import interleave_rope_rows as interleave_rope_rows

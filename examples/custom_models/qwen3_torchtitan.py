@@ -10,13 +10,13 @@ In code::
     vllm_graft.register("Qwen3TorchTitan", build_qwen3_torchtitan)
     llm = LLM(CHECKPOINT, hf_overrides={"architectures": ["Qwen3TorchTitan"]})
 
-Any dense Qwen3 checkpoint in Hugging Face format works. A config field that
-TorchTitan's model cannot honour is refused by name.
+Any Qwen3 checkpoint in Hugging Face format works, dense or mixture of experts
+(`model_type` qwen3 or qwen3_moe). A config field that TorchTitan's model cannot
+honour is refused by name.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
@@ -29,6 +29,9 @@ from vllm_graft import (
     load_external_weights,
     replace_with_trainable_attention,
 )
+from vllm_graft.examples.refusals import refuse_fields
+from vllm_graft.examples.script import run
+from vllm_graft.examples.torchtitan_moe import feed_forward_names, ffn_config, moe_config
 
 ARCH = "Qwen3TorchTitan"
 
@@ -40,16 +43,15 @@ NAME_MAPPING = {
     "model.layers.{}.self_attn.o_proj.weight": "layers.{}.attention.wo.weight",
     "model.layers.{}.self_attn.q_norm.weight": "layers.{}.attention.q_norm.weight",
     "model.layers.{}.self_attn.k_norm.weight": "layers.{}.attention.k_norm.weight",
-    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.feed_forward.w1.weight",
-    "model.layers.{}.mlp.up_proj.weight": "layers.{}.feed_forward.w3.weight",
-    "model.layers.{}.mlp.down_proj.weight": "layers.{}.feed_forward.w2.weight",
     "model.layers.{}.input_layernorm.weight": "layers.{}.attention_norm.weight",
     "model.layers.{}.post_attention_layernorm.weight": "layers.{}.ffn_norm.weight",
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "lm_head.weight",
+    **feed_forward_names([False]),
 }
-"""Hugging Face names to TorchTitan's. With tied embeddings both vocabulary names
-lead to one tensor, and a checkpoint that has both must hold equal values."""
+"""Hugging Face names of a dense Qwen3 to TorchTitan's. With tied embeddings both
+vocabulary names lead to one tensor, and a checkpoint that has both must hold equal
+values."""
 
 
 class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
@@ -59,8 +61,10 @@ class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
 
     def __init__(self, vllm_config: Any, parallel_context: Any = None, **kwargs: Any) -> None:
         super().__init__()
-        config = qwen3_config(vllm_config.hf_config, vllm_config.model_config.max_model_len)
+        hf_config = vllm_config.hf_config
+        config = qwen3_config(hf_config, vllm_config.model_config.max_model_len)
         self.model: Any = config.build()
+        self.name_mapping = name_mapping(hf_config)
         replace_with_trainable_attention(self.model, use_mla=False)
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -92,7 +96,7 @@ class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
     def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Load a Hugging Face checkpoint."""
         load_external_weights(
-            model=self.model, weights_iter=weights_iter, name_mapping=NAME_MAPPING
+            model=self.model, weights_iter=weights_iter, name_mapping=self.name_mapping
         )
 
 
@@ -107,11 +111,28 @@ def build_qwen3_torchtitan(vllm_config: Any, parallel_context: Any) -> nn.Module
     return model.to(dtype=vllm_config.model_config.dtype)
 
 
+def name_mapping(hf_config: Any) -> dict[str, str]:
+    """Hugging Face names to TorchTitan's for the layers that this checkpoint has."""
+    names = {name: target for name, target in NAME_MAPPING.items() if ".mlp." not in name}
+    return names | feed_forward_names(
+        _is_sparse(hf_config, index) for index in range(hf_config.num_hidden_layers)
+    )
+
+
+def _is_sparse(hf_config: Any, index: int) -> bool:
+    """Whether a layer has experts, as Transformers' `Qwen3MoeDecoderLayer` decides."""
+    return (
+        hf_config.model_type == "qwen3_moe"
+        and index not in hf_config.mlp_only_layers
+        and (index + 1) % hf_config.decoder_sparse_step == 0
+    )
+
+
 def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
-    """TorchTitan's `Qwen3Model.Config` for a Hugging Face `Qwen3Config`.
+    """TorchTitan's `Qwen3Model.Config` for a Hugging Face Qwen3 config.
 
     Args:
-        hf_config: of a dense Qwen3 checkpoint.
+        hf_config: `Qwen3Config` or `Qwen3MoeConfig` of a checkpoint.
         max_seq_len: rows of the RoPE table, the longest sequence served or trained.
 
     Raises:
@@ -144,10 +165,11 @@ def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
 def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:
     from torchtitan.models.common import CosSinRoPE
     from torchtitan.models.common.attention import VarlenAttention
-    from torchtitan.models.common.config_utils import make_ffn_config, make_gqa_config
+    from torchtitan.models.common.config_utils import make_gqa_config
     from torchtitan.models.qwen3.model import Qwen3TransformerBlock
 
-    dim, head_dim = hf_config.hidden_size, hf_config.head_dim
+    dim, sparse = hf_config.hidden_size, _is_sparse(hf_config, index)
+    head_dim = getattr(hf_config, "head_dim", None) or dim // hf_config.num_attention_heads
     window = _window(hf_config, index)
     attention = make_gqa_config(
         dim=dim,
@@ -170,65 +192,59 @@ def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init:
         attention_norm=norm(normalized_shape=dim),
         ffn_norm=norm(normalized_shape=dim),
         attention=attention,
-        feed_forward=make_ffn_config(
-            dim=dim,
-            hidden_dim=hf_config.intermediate_size,
-            w1_param_init=init,
-            w2w3_param_init=init,
-        ),
+        feed_forward=None if sparse else ffn_config(dim, hf_config.intermediate_size, init),
+        moe=_moe_config(hf_config, init) if sparse else None,
+    )
+
+
+def _moe_config(hf_config: Any, init: Any) -> Any:
+    return moe_config(
+        dim=hf_config.hidden_size,
+        hidden_dim=hf_config.moe_intermediate_size,
+        num_experts=hf_config.num_experts,
+        top_k=hf_config.num_experts_per_tok,
+        init=init,
+        score_func="softmax",
+        route_norm=hf_config.norm_topk_prob,
     )
 
 
 def _window(hf_config: Any, index: int) -> int | None:
-    sliding = hf_config.layer_types[index] == "sliding_attention"
+    # Qwen3-MoE has no list of layer types: its window, where it has one, is every layer's.
+    kinds = getattr(hf_config, "layer_types", None)
+    sliding = kinds is None or kinds[index] == "sliding_attention"
     return hf_config.sliding_window if sliding else None
 
 
 def refuse_unsupported(hf_config: Any) -> None:
-    """Raise for config fields that TorchTitan's dense Qwen3 does not implement.
+    """Raise for config fields that TorchTitan's Qwen3 does not implement.
 
     Raises:
         ValueError: naming each field, its value and the value that works.
     """
-    rope_type = hf_config.rope_parameters.get("rope_type", "default")
-    wrong = [
-        f"{name}={value!r} (supported: {supported!r})"
-        for name, value, supported in (
-            ("model_type", hf_config.model_type, "qwen3"),
-            ("attention_bias", hf_config.attention_bias, False),
-            ("hidden_act", hf_config.hidden_act, "silu"),
-            ("rope_parameters.rope_type", rope_type, "default"),
-            ("attention_dropout", hf_config.attention_dropout, 0.0),
-        )
-        if value != supported
-    ]
-    if wrong:
-        raise ValueError(f"TorchTitan's Qwen3 cannot honour {'; '.join(wrong)}")
+    refuse_fields(
+        "TorchTitan's Qwen3",
+        ("model_type", hf_config.model_type, ("qwen3", "qwen3_moe")),
+        ("attention_bias", hf_config.attention_bias, (False,)),
+        ("hidden_act", hf_config.hidden_act, ("silu",)),
+        (
+            "rope_parameters.rope_type",
+            hf_config.rope_parameters.get("rope_type", "default"),
+            ("default",),
+        ),
+        ("attention_dropout", hf_config.attention_dropout, (0.0,)),
+        (
+            "dual_chunk_attention_config",
+            getattr(hf_config, "dual_chunk_attention_config", None),
+            (None,),
+        ),
+        ("quantization_config", getattr(hf_config, "quantization_config", None), (None,)),
+    )
 
 
 def main() -> None:
     """Serve a checkpoint in this process and print completions."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("checkpoint", help="folder with config.json, safetensors and tokenizer")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
-    parser.add_argument("--max-tokens", type=int, default=64)
-    parser.add_argument("--dtype", default="auto", help="float32, bfloat16 or auto (default)")
-    arguments = parser.parse_args()
-
-    from vllm import LLM, SamplingParams
-
-    import vllm_graft
-
-    vllm_graft.register(ARCH, build_qwen3_torchtitan)
-    llm = LLM(
-        arguments.checkpoint,
-        hf_overrides={"architectures": [ARCH]},
-        dtype=arguments.dtype,
-        enforce_eager=True,
-    )
-    greedy = SamplingParams(temperature=0.0, max_tokens=arguments.max_tokens)
-    for output in llm.generate(arguments.prompt, greedy):
-        print(f"{output.prompt}{output.outputs[0].text}")
+    run(ARCH, build_qwen3_torchtitan, "Serve Qwen3 through TorchTitan's own model.")
 
 
 if __name__ == "__main__":

@@ -27,8 +27,8 @@ def huggingface_state(model: Any) -> dict[str, torch.Tensor]:
     to_huggingface = NameMap({titan: name for name, titan in NAME_MAPPING.items()})
     state = {}
     for titan, parameter in model.named_parameters():
-        mapped, name = to_huggingface(titan)
-        if not mapped or name is None:
+        place = to_huggingface(titan)
+        if place is None or place.target is None:
             raise ValueError(f"{titan}: no Hugging Face name in NAME_MAPPING")
-        state[name] = parameter.detach().contiguous()
+        state[place.target] = parameter.detach().contiguous()
     return state

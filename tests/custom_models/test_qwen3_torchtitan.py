@@ -13,6 +13,7 @@ from examples.custom_models.qwen3_torchtitan import (
     build_qwen3_torchtitan,
     refuse_unsupported,
 )
+from tests.moe_checkpoints import qwen3_moe_checkpoint
 from tests.support import qwen3_checkpoint, relative_error
 
 
@@ -56,6 +57,28 @@ def test_it_computes_what_transformers_computes(tied, tmp_path):
     # fp32 through three layers, other kernels for norm, RoPE and attention.
     want = reference(tokens).logits
     assert relative_error(model.compute_logits(model(tokens)), want) < 1e-5
+
+
+MIXED = {
+    "all_sparse": {},
+    "every_second": {"decoder_sparse_step": 2, "num_hidden_layers": 4},
+    "chosen_dense": {"mlp_only_layers": [0, 2], "norm_topk_prob": False},
+    "window": {"use_sliding_window": True, "sliding_window": 16},
+}
+
+
+@pytest.mark.parametrize("layers", MIXED)
+def test_mixtures_of_experts_compute_what_transformers_computes(layers, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import Qwen3MoeForCausalLM
+
+    checkpoint = qwen3_moe_checkpoint(tmp_path, **MIXED[layers])
+    reference = Qwen3MoeForCausalLM.from_pretrained(checkpoint, attn_implementation="eager")
+    model = build_qwen3_torchtitan(vllm_config(reference.config), None)
+    model.load_weights(load_file(checkpoint / "model.safetensors").items())
+    tokens = torch.randint(0, 512, (2, 40))
+    # fp32 through three layers, other kernels for norm, RoPE, attention and experts.
+    assert relative_error(model.compute_logits(model(tokens)), reference(tokens).logits) < 1e-5
 
 
 def test_the_factory_casts_without_ruining_rope():

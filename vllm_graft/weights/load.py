@@ -5,46 +5,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from vllm_graft.weights.mapping import NameMap, WeightError, nearest
+from vllm_graft.weights.account import Account, LoadReport, Missing, missing_text
+from vllm_graft.weights.errors import WeightError, nearest
+from vllm_graft.weights.fp8 import SUFFIX, Halves, dequantize, is_block_fp8
+from vllm_graft.weights.mapping import NameMap, NameMapping, Place
+from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
+from vllm_graft.weights.write import check, put, wide_float
 
 logger = logging.getLogger("vllm_graft")
 
-__all__ = ["LoadReport", "LoadResult", "WeightError", "accounting_later", "load_external_weights"]
-
-
-@dataclass
-class LoadReport:
-    """Where every checkpoint tensor and every model parameter ended up."""
-
-    loaded: dict[str, str] = field(default_factory=dict)
-    """Checkpoint name to the parameter it was written to."""
-    skipped: list[str] = field(default_factory=list)
-    """Checkpoint names that the mapping does not name."""
-    dropped: list[str] = field(default_factory=list)
-    """Checkpoint names that the mapping drops on purpose (maps to None)."""
-    missing: list[str] = field(default_factory=list)
-    """Parameters left without a value."""
-    numel: int = 0
-    """Numbers written."""
-    written: set[int] = field(default_factory=set, repr=False)
-    """`id` of each parameter object written to."""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{len(self.loaded)} tensors loaded ({self.numel:,} numbers), "
-            f"{len(self.skipped)} skipped, {len(self.dropped)} dropped on purpose, "
-            f"{len(self.missing)} parameters missing"
-        ]
-        for title, names in (("skipped", self.skipped), ("missing", self.missing)):
-            lines += [f"  {title}: {name}" for name in names]
-        return "\n".join(lines)
+__all__ = ["Load", "LoadReport", "LoadResult", "Missing", "WeightError", "load_external_weights"]
 
 
 class LoadResult(tuple[int, int]):
@@ -59,29 +35,63 @@ class LoadResult(tuple[int, int]):
         return self
 
 
-class _Accounting:
-    later: list[LoadReport] | None = None
+class Load:
+    """One load of a model, in one call of `load_external_weights` or in many.
 
-
-@contextmanager
-def accounting_later() -> Iterator[list[LoadReport]]:
-    """Let calls in the block leave parameters out; their reports are collected.
-
-    For a load that comes in several calls: whoever opens the block checks that
-    nothing is missing once the last call is through.
+    Args:
+        names: one name for every slot of the whole model, from `tied_names`.
     """
-    before, reports = _Accounting.later, list[LoadReport]()
-    _Accounting.later = reports
-    try:
-        yield reports
-    finally:
-        _Accounting.later = before
+
+    _running: Load | None = None
+
+    def __init__(self, names: dict[Slot, str]) -> None:
+        self.account = Account(names)
+        self.halves = Halves()
+        self.reports: list[LoadReport] = []
+        self._loaders: list[_Loader] = []
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Calls in the block belong to this load and may leave parameters out.
+
+        Whoever opens the block asks `errors()` once the last call is through.
+        """
+        before, Load._running = Load._running, self
+        try:
+            yield
+        finally:
+            Load._running = before
+
+    def loader(self, model: nn.Module, mapping: NameMapping) -> _Loader:
+        """The loader for a model and mapping; kept, since vLLM may call once per tensor."""
+        for known in self._loaders:
+            if known.model is model and known.mapping == dict(mapping):
+                return known
+        self._loaders.append(_Loader(model, mapping, self))
+        return self._loaders[-1]
+
+    def report(self) -> LoadReport:
+        """The reports of all calls as one."""
+        total = LoadReport()
+        for report in self.reports:
+            total.loaded |= report.loaded
+            total.skipped += report.skipped
+            total.dropped += report.dropped
+            total.numel += report.numel
+        return total
+
+    def errors(self, missing: list[Missing]) -> list[str]:
+        """What a complete load must not have: unpaired FP8 halves, and `missing`."""
+        lines = self.halves.unpaired()
+        if missing:
+            lines.append(missing_text(missing, self.report().skipped))
+        return lines
 
 
 def load_external_weights(
     model: nn.Module,
     weights_iter: Iterable[tuple[str, torch.Tensor]],
-    name_mapping: Mapping[str, str | None],
+    name_mapping: NameMapping,
     verbose: bool = False,
 ) -> LoadResult:
     """Copy checkpoint tensors into a model's parameters, one at a time.
@@ -91,10 +101,13 @@ def load_external_weights(
             used where it has one.
         weights_iter: `(checkpoint name, full tensor)`; consumed as a stream, so
             only one tensor is held at a time. Values are converted to the
-            parameter's dtype.
+            parameter's dtype. Block FP8 (`X` in float8_e4m3fn with a float32
+            `X_scale_inv` per 128x128 block) is dequantized; a half waits for the other.
         name_mapping: checkpoint name to model name. Each `{}` stands for a
-            number (layer, expert), several per name allowed; None drops the
-            tensor on purpose.
+            number (layer, expert), several per name allowed. A target that ends in
+            `[{}]` is a row of dim 0, one expert of a stack. `RowOrder` reorders
+            rows. None drops the tensor on purpose, and there the name may contain `*`
+            for any text. Entries are tried in order, after exact names.
         verbose: print the report.
 
     Returns:
@@ -103,128 +116,106 @@ def load_external_weights(
 
     Raises:
         TypeError: `weights_iter` is a mapping, not pairs.
-        WeightError: a mapping that names no parameter, different shapes, a
-            quantized tensor for a floating-point parameter, a parameter loaded
-            twice, or one left without a value. In vLLM's load and update calls
-            the last check comes when the whole load is complete.
+        WeightError: a mapping that names no parameter, different shapes, a row
+            out of range, a quantized tensor without a scale for a floating-point
+            parameter, a parameter or row loaded twice, or one left without a
+            value (buffers too, if the mapping names them). In vLLM's load and update
+            calls the checks for completeness come when the whole load is through.
     """
     if isinstance(weights_iter, Mapping):
         raise TypeError("weights_iter must yield (name, tensor) pairs; pass state_dict.items()")
-    loader = _Loader(model, NameMap(name_mapping))
+    load = Load._running or Load(tied_names(model))
+    loader = load.loader(model, name_mapping)
+    report = LoadReport()
+    load.reports.append(report)
     for name, tensor in weights_iter:
-        loader.take(name, tensor)
-    report = loader.report
+        loader.take(name, tensor, report)
+    whole = load is not Load._running
+    missing = load.account.missing() if whole else []
+    report.missing = [str(gap) for gap in missing]
     if verbose:
         print(report)  # noqa: T201 - what `verbose` is for
-    if _Accounting.later is not None:
-        _Accounting.later.append(report)
-    elif report.missing:
-        raise WeightError(missing_text(report.missing, report.skipped))
+    if whole and (errors := load.errors(missing)):
+        raise WeightError("\n".join(errors))
     return LoadResult(report)
 
 
-def missing_text(missing: list[str], skipped: list[str]) -> str:
-    """The error for parameters without a value, with what the checkpoint offers instead."""
-    count = "1 parameter was" if len(missing) == 1 else f"{len(missing)} parameters were"
-    lines = [f"{count} left without a value:"]
-    lines += [
-        f"  {name} (checkpoint tensors not mapped: {nearest(name, skipped)})" for name in missing
-    ]
-    return "\n".join(lines)
-
-
 class _Loader:
-    """The state of one call: which parameter came from which tensor."""
+    """A model and its mapping, for the calls of one load."""
 
-    def __init__(self, model: nn.Module, names: NameMap) -> None:
-        self.names = names
-        self.targets: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-        parameters = {id(p): name for name, p in reversed(self.targets.items())}
-        self.targets |= dict(model.named_buffers(remove_duplicate=False))
-        names.check_targets(self.targets)
-        self._source: dict[int, tuple[str, str]] = {}
-        self._parameters = parameters
-        self._report = LoadReport()
+    def __init__(self, model: nn.Module, mapping: NameMapping, load: Load) -> None:
+        self.model = model
+        self.mapping = dict(mapping)
+        self._names = NameMap(mapping)
+        self._slots = slots(model)
+        self._load = load
+        self._names.check_targets(self._slots)
+        parameters = {id(p) for p in model.parameters()}
+        for name, slot in self._slots.items():
+            tensor = tensor_in(slot)
+            size = tensor.shape[0] if tensor.dim() else 1
+            key = load.account.name_of(slot, name)
+            required = id(tensor) in parameters
+            load.account.open(key, size, name, self._names, required=required)
 
-    @property
-    def report(self) -> LoadReport:
-        """The account so far."""
-        self._report.missing = [
-            name for key, name in reversed(self._parameters.items()) if key not in self._source
-        ]
-        return self._report
-
-    def take(self, name: str, tensor: torch.Tensor) -> None:
+    def take(self, name: str, tensor: torch.Tensor, report: LoadReport) -> None:
         """Place one checkpoint tensor, or note why it has no place."""
-        mapped, target = self.names(name)
-        if not mapped:
-            self._report.skipped.append(name)
-        elif target is None:
-            self._report.dropped.append(name)
-        elif target not in self.targets:
+        place, weight_name = self._names(name), name
+        is_scale = place is None and name.endswith(SUFFIX)
+        if is_scale:
+            weight_name = name.removesuffix(SUFFIX)
+            place = self._names(weight_name)
+        if place is None:
+            report.skipped.append(name)
+        elif place.target is None:
+            report.dropped.append(name)
+        elif place.target not in self._slots:
             raise WeightError(
-                f"checkpoint tensor {name!r} maps to {target!r}, which the model does not have; "
-                f"{nearest(target, self.targets)}"
+                f"checkpoint tensor {name!r} maps to {place.target!r}, which the model does not "
+                f"have; {nearest(place.target, self._slots)}"
             )
         else:
-            self._write(name, tensor, target, self.targets[target])
+            self._place(weight_name, tensor, place, is_scale, report)
 
-    def _write(self, name: str, tensor: torch.Tensor, target: str, param: torch.Tensor) -> None:
-        where = f"checkpoint tensor {name!r} -> parameter {target!r}"
-        _check(where, tensor, param)
-        if id(param) in self._source:
-            first_name, first_target = self._source[id(param)]
-            if first_target == target or not _same(param, tensor):
-                alias = (
-                    "" if first_target == target else f" as {first_target!r} (tied), other values"
-                )
-                raise WeightError(f"{where}: it was already loaded from {first_name!r}{alias}")
-        else:
-            _copy(where, param, tensor)
-        self._source.setdefault(id(param), (name, target))
-        self._report.loaded[name] = target
-        self._report.written.add(id(param))
-        self._report.numel += tensor.numel()
-        logger.debug("%s %s", where, tuple(tensor.shape))
+    def _place(
+        self, name: str, tensor: torch.Tensor, place: Place, is_scale: bool, report: LoadReport
+    ) -> None:
+        param = tensor_in(self._slots[str(place.target)])
+        if is_scale or (is_block_fp8(tensor) and wide_float(param)):
+            halves = self._load.halves.add(name, tensor, is_scale=is_scale)
+            if halves is None:
+                return
+            tensor = dequantize(name, *halves, param.dtype)
+            report.loaded[name + SUFFIX] = str(place)
+        self._write(name, tensor, place, param)
+        report.loaded[name] = str(place)
+        report.numel += tensor.numel()
+
+    def _write(self, name: str, tensor: torch.Tensor, place: Place, param: torch.Tensor) -> None:
+        where = f"checkpoint tensor {name!r} -> parameter {str(place)!r}"
+        check(where, tensor, param, place.row)
+        if place.order is not None:
+            tensor = place.order.apply(where, tensor)
+        account, target = self._load.account, str(place.target)
+        key = account.name_of(self._slots[target], target)
+        before = account.earlier(key, place.row)
+        if before is None:
+            put(where, tensor, param, place.row)
+            account.note(key, place.row, name, target)
+            logger.debug("%s %s", where, tuple(tensor.shape))
+        elif before[1] == target:
+            raise WeightError(f"{where}: it was already loaded from {before[0]!r}")
+        elif not _same(param, tensor, place.row):
+            raise WeightError(
+                f"{where}: it was already loaded from {before[0]!r} as {before[1]!r} (tied), "
+                "other values"
+            )
 
 
-def _check(where: str, tensor: torch.Tensor, param: torch.Tensor) -> None:
-    if tensor.shape != param.shape and not hasattr(param, "weight_loader"):
-        hint = " (transposed?)" if tensor.shape == param.shape[::-1] else ""
-        raise WeightError(
-            f"{where}: shape {tuple(tensor.shape)} does not fit {tuple(param.shape)}{hint}"
-        )
-    quantized = tensor.element_size() == 1 or not tensor.is_floating_point()
-    if param.is_floating_point() and param.element_size() > 1 and quantized:
-        raise WeightError(
-            f"{where}: dtype {tensor.dtype} for a {param.dtype} parameter looks quantized; "
-            "dequantize it with its scale first"
-        )
-
-
-def _same(param: torch.Tensor, tensor: torch.Tensor) -> bool:
+def _same(param: torch.Tensor, tensor: torch.Tensor, row: int | None) -> bool:
     """Whether a tied parameter already holds these values (unknown on meta: taken as yes)."""
     if param.is_meta:
         return True
     full: Any = param.full_tensor() if isinstance(param, DTensor) else param
-    return torch.equal(full, tensor.to(dtype=full.dtype, device=full.device))
-
-
-@torch.no_grad()
-def _copy(where: str, param: torch.Tensor, tensor: torch.Tensor) -> None:
-    loader = getattr(param, "weight_loader", None)
-    try:
-        if loader is not None:
-            loader(param, tensor)
-        elif isinstance(param, DTensor):
-            local = tensor.to(dtype=param.dtype, device=param.device)
-            # Every rank has the whole tensor: each keeps its slice, nothing is sent.
-            param.copy_(
-                distribute_tensor(local, param.device_mesh, param.placements, src_data_rank=None)
-            )
-        else:
-            param.copy_(tensor)
-    except (RuntimeError, AssertionError, ValueError) as error:
-        raise WeightError(
-            f"{where}: cannot write shape {tuple(tensor.shape)} to {tuple(param.shape)}: {error}"
-        ) from error
+    held = full if row is None else full[row]
+    return torch.equal(held, tensor.to(dtype=held.dtype, device=held.device))

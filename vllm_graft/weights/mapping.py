@@ -1,56 +1,114 @@
-"""Checkpoint names to model names, with `{}` for layer and expert numbers."""
+"""Checkpoint names to places in the model, with `{}` for layer and expert numbers."""
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from vllm_graft.weights.errors import WeightError, nearest
+from vllm_graft.weights.rows import RowOrder
+
+NameMapping = Mapping[str, "str | RowOrder | None"]
+"""What users write: checkpoint name to model name, see `load_external_weights`."""
+
+_INDEXED = re.compile(r"(.+)\[(\{\}|\d+)\]")
 
 
-class WeightError(ValueError):
-    """A checkpoint that does not fit the model; the text names tensors and shapes."""
+@dataclass(frozen=True)
+class Place:
+    """Where a checkpoint tensor goes."""
+
+    target: str | None
+    """A parameter or buffer; None: dropped on purpose."""
+    row: int | None = None
+    """The row of dim 0 that the tensor is; None: the tensor is all of it."""
+    order: RowOrder | None = None
+
+    def __str__(self) -> str:
+        return label(str(self.target), self.row)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause with the names most like `name`, for error texts."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
-    return f"nearest existing: {', '.join(close)}" if close else "nothing similar exists"
+def label(name: str, row: int | None) -> str:
+    """A tensor, or one row of it, as the mapping writes it."""
+    return name if row is None else f"{name}[{row}]"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a mapping, readable in both directions."""
+
+    source: str
+    target: str | None
+    """The model pattern without its index."""
+    index: str | None
+    """What stands in brackets after the target: `{}`, digits or nothing."""
+    order: RowOrder | None
+
+    def place(self, name: str) -> Place | None:
+        """Where the checkpoint tensor `name` goes; None: not by this entry."""
+        match = self._source_regex.fullmatch(name)
+        if match is None:
+            return None
+        if self.target is None:
+            return Place(None)
+        numbers = list(match.groups())
+        row = numbers.pop() if self.index == "{}" else self.index
+        return Place(_fill(self.target, numbers), None if row is None else int(row), self.order)
+
+    def rows(self, target: str, size: int) -> Sequence[int | None]:
+        """The rows of tensor `target` that this entry fills; [None]: all `size` at once."""
+        if self._numbers(target) is None:
+            return []
+        if self.index is None:
+            return [None]
+        return range(size) if self.index == "{}" else [int(self.index)]
+
+    def source_of(self, target: str, row: int | None) -> str:
+        """The checkpoint name of one of `rows(target, ...)`."""
+        numbers = self._numbers(target) or []
+        return _fill(self.source, [*numbers, str(row)] if self.index == "{}" else numbers)
+
+    def _numbers(self, target: str) -> list[str] | None:
+        match = self._target_regex and self._target_regex.fullmatch(target)
+        return list(match.groups()) if match else None
+
+    @cached_property
+    def _source_regex(self) -> re.Pattern[str]:
+        return _regex(self.source)
+
+    @cached_property
+    def _target_regex(self) -> re.Pattern[str] | None:
+        return None if self.target is None else _regex(self.target)
 
 
 class NameMap:
-    """A compiled `{checkpoint pattern: model pattern}` table.
-
-    Each `{}` stands for one number; the numbers are carried over in order.
-    A model pattern of None drops the tensor on purpose.
+    """A compiled mapping; its syntax is described at `load_external_weights`.
 
     Raises:
-        WeightError: two sides with different counts of `{}`, or a target that is no name.
+        WeightError: two sides with different counts of `{}`, a `*` that does not
+            drop, or a target that is no name.
     """
 
-    def __init__(self, mapping: Mapping[str, str | None]) -> None:
-        self.mapping = dict(mapping)
-        self._patterns: list[tuple[re.Pattern[str], str | None]] = []
-        for source, target in self.mapping.items():
-            if target is not None and not isinstance(target, str):
-                raise WeightError(
-                    f"name_mapping {source!r} -> {target!r}: expected one model name or None"
-                )
-            if target is not None and source.count("{}") != target.count("{}"):
-                raise WeightError(
-                    f"name_mapping {source!r} -> {target!r}: {source.count('{}')} placeholders "
-                    f"against {target.count('{}')}; each {{}} is one number on both sides"
-                )
-            self._patterns.append((_regex(source), target))
+    def __init__(self, mapping: NameMapping) -> None:
+        self.entries = [_entry(source, value) for source, value in mapping.items()]
+        self._exact = {entry.source: entry for entry in self.entries}
 
-    def __call__(self, name: str) -> tuple[bool, str | None]:
-        """Whether `name` is mapped, and the model name (None: dropped on purpose)."""
-        if name in self.mapping:
-            return True, self.mapping[name]
-        for pattern, target in self._patterns:
-            match = pattern.fullmatch(name)
-            if match:
-                return True, None if target is None else target.format(*match.groups())
-        return False, None
+    def __call__(self, name: str) -> Place | None:
+        """Where the checkpoint tensor `name` goes; None: the mapping does not name it."""
+        if name in self._exact:
+            return self._exact[name].place(name)
+        places = (entry.place(name) for entry in self.entries)
+        return next((place for place in places if place is not None), None)
+
+    def sources_of(self, target: str, size: int) -> dict[int | None, list[Entry]]:
+        """The entries that fill a tensor of `size` rows, by row (None: all of it)."""
+        found: dict[int | None, list[Entry]] = {}
+        for entry in self.entries:
+            for row in entry.rows(target, size):
+                found.setdefault(row, []).append(entry)
+        return found
 
     def check_targets(self, names: Iterable[str]) -> None:
         """Raise if a model pattern names nothing that exists.
@@ -59,16 +117,40 @@ class NameMap:
             WeightError: naming the entry and the nearest existing names.
         """
         known = list(names)
-        for source, target in self.mapping.items():
-            if target is None:
-                continue
-            pattern = _regex(target)
-            if not any(pattern.fullmatch(name) for name in known):
+        for entry in self.entries:
+            if entry.target is not None and not any(entry.rows(name, 1) for name in known):
                 raise WeightError(
-                    f"name_mapping {source!r} -> {target!r}: the model has no such parameter; "
-                    f"{nearest(target, known)}"
+                    f"name_mapping {entry.source!r} -> {entry.target!r}: the model has no such "
+                    f"parameter; {nearest(entry.target, known)}"
                 )
 
 
+def _entry(source: str, value: object) -> Entry:
+    target = value.target if isinstance(value, RowOrder) else value
+    where = f"name_mapping {source!r} -> {target!r}"
+    if target is None:
+        return Entry(source, None, None, None)
+    if not isinstance(target, str):
+        raise WeightError(f"{where}: expected one model name, a RowOrder or None")
+    if "*" in source:
+        raise WeightError(f"{where}: `*` is for dropping only; map it to None, or use {{}}")
+    if source.count("{}") != target.count("{}"):
+        raise WeightError(
+            f"{where}: {source.count('{}')} placeholders against {target.count('{}')}; "
+            "each {} is one number on both sides"
+        )
+    indexed = _INDEXED.fullmatch(target)
+    name, index = indexed.groups() if indexed else (target, None)
+    return Entry(source, name, index, value if isinstance(value, RowOrder) else None)
+
+
+def _fill(pattern: str, numbers: Iterable[str]) -> str:
+    first, *rest = pattern.split("{}")
+    return first + "".join(f"{n}{part}" for n, part in zip(numbers, rest, strict=True))
+
+
 def _regex(pattern: str) -> re.Pattern[str]:
-    return re.compile(r"(\d+)".join(re.escape(part) for part in pattern.split("{}")))
+    special = {"{}": r"(\d+)", "*": ".*"}
+    return re.compile(
+        "".join(special.get(p, re.escape(p)) for p in re.split(r"(\{\}|\*)", pattern))
+    )

@@ -34,10 +34,14 @@ class Sentinels:
         self._marks: dict[str, _Mark] = {}
         seen: set[int] = set()
         for name, tensor in tensors.items():
-            local = _local(tensor)
-            if _markable(local) and id(tensor) not in seen:
+            if self.can_mark(tensor) and id(tensor) not in seen:
                 seen.add(id(tensor))
-                self._marks[name] = _mark(local)
+                self._marks[name] = _mark(_local(tensor))
+
+    @staticmethod
+    def can_mark(tensor: torch.Tensor) -> bool:
+        """Whether a tensor can hold marks, see the class."""
+        return _markable(_local(tensor))
 
     def unwritten(self) -> dict[str, str]:
         """Parameters with marks left: `{name: "missing" | "only partly written"}`."""

@@ -1,0 +1,83 @@
+"""`RowOrder`: a parameter whose rows stand in another order than the checkpoint's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from vllm_graft.weights.errors import WeightError
+
+
+@dataclass(frozen=True)
+class RowOrder:
+    """A value of `name_mapping`: rename, and put the rows (dim 0) into another order.
+
+    Args:
+        target: model name, as any value of the mapping (`{}` and `[{}]` included).
+        order: a permutation of the rows, ints or a LongTensor `[rows]`:
+            `model_rows = checkpoint_rows[order]`. Export undoes it.
+
+    Raises:
+        WeightError: `order` is no permutation of `0..rows-1`.
+    """
+
+    target: str
+    order: Sequence[int] | torch.Tensor
+
+    def __post_init__(self) -> None:
+        listed = self.order.tolist() if isinstance(self.order, torch.Tensor) else self.order
+        order = tuple(int(row) for row in listed)
+        object.__setattr__(self, "order", order)
+        if sorted(order) != list(range(len(order))):
+            raise WeightError(
+                f"RowOrder for {self.target!r}: order is no permutation of 0..{len(order) - 1}; "
+                "each row of the checkpoint must stand in it once"
+            )
+
+    def apply(self, where: str, tensor: torch.Tensor) -> torch.Tensor:
+        """Checkpoint rows `[rows, ...]` in the model's order, as a copy.
+
+        Raises:
+            WeightError: a tensor with another number of rows; begins with `where`.
+        """
+        if tensor.dim() == 0 or tensor.shape[0] != len(self.order):
+            raise WeightError(
+                f"{where}: shape {tuple(tensor.shape)} has not the {len(self.order)} rows of "
+                "its RowOrder; the order was made for other head counts or sizes"
+            )
+        return tensor[self._indices.to(tensor.device)]
+
+    def undo(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Model rows `[rows, ...]` in the checkpoint's order, as a copy."""
+        return tensor[self._indices.argsort().to(tensor.device)]
+
+    @cached_property
+    def _indices(self) -> torch.Tensor:
+        return torch.tensor(self.order, dtype=torch.long)
+
+
+def interleave_rope_rows(num_heads: int, nope_dim: int, rope_dim: int) -> tuple[int, ...]:
+    """The order that turns half-split RoPE rows into adjacent pairs, for `RowOrder`.
+
+    A projection's output rows are `num_heads` times `nope_dim` rows without
+    RoPE and then `rope_dim` rows with it. Half-split RoPE rotates row j with row
+    j + rope_dim/2 (Hugging Face's `rotate_half`), adjacent pairs rotate rows 2j and 2j + 1
+    (complex tables, TorchTitan's DeepSeek V3). Rows without RoPE stay.
+
+    Args:
+        num_heads: heads in the projection; 1 for MLA's shared key (`wkv_a`).
+        nope_dim: rows of a head before the RoPE rows; `kv_lora_rank` for `wkv_a`.
+        rope_dim: RoPE rows of a head, even.
+
+    Raises:
+        ValueError: `rope_dim` is odd.
+    """
+    if rope_dim % 2:
+        raise ValueError(f"rope_dim={rope_dim} is odd; RoPE rotates pairs of rows")
+    half = rope_dim // 2
+    pairs = [nope_dim + row for j in range(half) for row in (j, j + half)]
+    head = [*range(nope_dim), *pairs]
+    return tuple(h * len(head) + row for h in range(num_heads) for row in head)

@@ -25,6 +25,7 @@ _HOME = {
     "store_positions_in_context": "vllm_graft.positions",
     "packed": "vllm_graft.positions",
     "load_external_weights": "vllm_graft.weights.load",
+    "export_weights": "vllm_graft.weights.export",
     "LoadReport": "vllm_graft.weights.account",
     "RowOrder": "vllm_graft.weights.rows",
     "interleave_rope_rows": "vllm_graft.weights.rows",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from vllm_graft.serve.registry import register as register
     from vllm_graft.weights.account import LoadReport as LoadReport
     from vllm_graft.weights.errors import WeightError as WeightError
+    from vllm_graft.weights.export import export_weights as export_weights
     from vllm_graft.weights.load import load_external_weights as load_external_weights
     from vllm_graft.weights.rows import RowOrder as RowOrder
     from vllm_graft.weights.rows import interleave_rope_rows as interleave_rope_rows

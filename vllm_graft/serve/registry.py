@@ -25,6 +25,9 @@ Factory = Callable[..., Any]
 
 BUILT_IN = {
     "Qwen3TorchTitan": "vllm_graft.examples.qwen3_torchtitan:build_qwen3_torchtitan",
+    "DeepSeekV3TorchTitan": (
+        "vllm_graft.examples.deepseek_v3_torchtitan:build_deepseek_v3_torchtitan"
+    ),
 }
 """Architectures that `--arch NAME` knows without registration."""
 

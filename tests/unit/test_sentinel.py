@@ -43,6 +43,18 @@ def test_a_half_written_parameter_is_told_apart():
     assert not fused.isnan().any()
 
 
+def test_one_absent_expert_of_256_is_seen():
+    stack = nn.Parameter(torch.rand(256, 3, 5))
+    sentinels = Sentinels({"w1_EFD": stack})
+    with torch.no_grad():
+        for row in set(range(256)) - {131}:
+            stack[row] = 1.0
+    assert sentinels.unwritten() == {"w1_EFD": "only partly written"}
+    with torch.no_grad():
+        stack[131] = 1.0
+    assert sentinels.unwritten() == {}
+
+
 def test_odd_tensors():
     tied = nn.Parameter(torch.rand(3, 3))
     odd = {

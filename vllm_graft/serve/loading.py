@@ -35,7 +35,9 @@ class Loading:
         self._arch = arch
         self._model = model
         self._names = tied_names(model)
-        self._tensors = {name: tensor_in(slot) for slot, name in reversed(self._names.items())}
+        self._tensors: dict[str, torch.Tensor] = {}
+        for slot, name in self._names.items():
+            self._tensors.setdefault(name, tensor_in(slot))
         self._parameters: dict[str, torch.Tensor] = dict(model.named_parameters())
         self._sentinels: Sentinels | None = None
         self._load = Load(self._names)

@@ -127,22 +127,25 @@ class Account:
         """What is missing of a tensor of `size` rows of which `written` are there."""
         if None in written:
             return []
-        sources = self._sources_of(name)
         came = f"{len(written)} of {size} rows came; " if written else ""
         rows: Iterable[int | None] = range(size) if written else [None]
+        sources = self._sources_of(name)
         return [
             Missing(name, row, _expected(sources, row) + came) for row in rows if row not in written
         ]
 
-    def _sources_of(self, name: str) -> dict[int | None, str]:
+    def _sources_of(self, name: str) -> dict[int | None, str] | None:
+        """The checkpoint names of the rows; None for what `load_external_weights` never saw."""
         if name not in self._tensors:
-            return {}
+            return None
         tensor = self._tensors[name]
         entries = tensor.entries().items()
         return {row: first.source_of(tensor.local, row) for row, (first, *_) in entries}
 
 
-def _expected(sources: dict[int | None, str], row: int | None) -> str:
+def _expected(sources: dict[int | None, str] | None, row: int | None) -> str:
+    if sources is None:
+        return ""
     if not sources:
         return "no entry of name_mapping names it; "
     return f"expected from {sources.get(row, next(iter(sources.values())))!r}; "

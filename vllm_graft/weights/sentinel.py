@@ -25,6 +25,9 @@ class _Mark:
 class Sentinels:
     """NaN marks in up to 64 places of every floating-point parameter.
 
+    A stack (3 dimensions or more) has one in each row as well, since experts are
+    written one by one.
+
     Args:
         tensors: parameters by name; tied ones under several names count once.
             Meta, integer, 8-bit and expanded tensors are left alone.
@@ -69,6 +72,9 @@ def _mark(local: torch.Tensor) -> _Mark:
     last = local.numel() - 1
     count = min(_SAMPLES, local.numel())
     places = torch.linspace(0, last, count, dtype=torch.float64).round().long()
+    if local.dim() > 2:
+        rows = torch.arange(local.shape[0]) * (local.numel() // local.shape[0])
+        places = torch.cat([places, rows])
     indices = places.unique().to(local.device)
     mark = _Mark(local, indices, local.take(indices).clone())
     local.put_(indices, torch.full_like(mark.before, float("nan")))

@@ -43,19 +43,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         `[..., M]`.
     """
-    if not _float32_on_cpu(x):
-        return F.linear(x, weight, bias)
-    if compiled_serving():
+    # The compiler moves bias and residual additions across the rounding of the product.
+    if x.device.type == "cpu" and compiled_serving():
         out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
         return out
-    return _padded_linear(x, weight, bias)
+    return _linear(x, weight, bias)
 
 
-def _padded_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.shape[:-1].numel()
-    if rows >= _UNEVEN_ROWS or rows % 4 == 0:
+    if rows >= _UNEVEN_ROWS or rows % 4 == 0 or not _float32_on_cpu(x):
         return F.linear(x, weight, bias)
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
     return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
@@ -180,7 +177,7 @@ def define_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
 
 define_op(
     "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _padded_linear,
+    _linear,
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
 )
 define_op("silu(Tensor x) -> Tensor", _silu, torch.empty_like)

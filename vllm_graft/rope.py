@@ -5,7 +5,10 @@ Legend: T tokens, N heads, H head dim, S table rows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import nn
 
 
 def convert_freqs_cis_to_real(freqs_cis: torch.Tensor) -> torch.Tensor:
@@ -33,13 +36,23 @@ def whole_table(table: torch.Tensor) -> torch.Tensor:
     slice is a view of. A slice that does not start at the table's first row,
     or a copy, is returned as it is.
     """
-    base = None if torch.compiler.is_compiling() else table._base
+    base = table._base
     if base is None:
         return table
     same_layout = base.dim() == 2 and base.dtype == table.dtype and base.stride() == table.stride()
     if same_layout and table.storage_offset() == base.storage_offset():
         return base
     return table
+
+
+def remembered_table(module: nn.Module, table: torch.Tensor) -> torch.Tensor:
+    """`whole_table`, kept on `module`: compiled code cannot look behind a slice."""
+    if torch.compiler.is_compiling():
+        known: Any = getattr(module, "_table", None)
+        return table if known is None else known
+    whole = whole_table(table)
+    module._table = None if whole is table else whole  # type: ignore[assignment]
+    return whole
 
 
 def rows_at(table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,8 @@ class Block(nn.Module):
 
 
 class HandWritten(VLLMModelForCausalLM):
+    supports_torch_compile = True
+
     def __init__(self, vllm_config, parallel_context=None) -> None:
         super().__init__()
         c = vllm_config.hf_config
@@ -95,14 +97,16 @@ def checkpoint(folder, sizes, q_rank=0, **overrides):
     return folder
 
 
-@pytest.mark.parametrize("q_rank", [0, 24])
-@pytest.mark.parametrize("sizes", [REAL, SMALL], ids=["512+64", "48+16"])
+@pytest.mark.parametrize(
+    "eager", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize(("sizes", "q_rank"), [(REAL, 24), (SMALL, 0)], ids=["512+64", "48+16"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_sampled_token_is_equal(sizes, dtype, q_rank, tmp_path):
+def test_every_sampled_token_is_equal(sizes, q_rank, dtype, eager, tmp_path):
     vllm_graft.register(ARCH, HandWritten)
     with engine(
         checkpoint(tmp_path, sizes, q_rank), ARCH, dtype=dtype, enable_prefix_caching=True,
-        max_num_batched_tokens=96, enable_chunked_prefill=True,
+        max_num_batched_tokens=96, enable_chunked_prefill=True, enforce_eager=eager,
     ) as llm:  # fmt: skip
         module, tokens = live_module(llm), prompts(LENGTHS, vocab_size=128)
         sampling = {"temperature": 1.0, "max_tokens": 20}

@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.positions import current_batch, positions_of
-from vllm_graft.rope import apply_rope, whole_table
+from vllm_graft.rope import apply_rope, remembered_table
 
 
 def token_positions(
@@ -91,7 +91,6 @@ class TrainableFlashAttention(nn.Module):
             self.wo = nn.Linear(q_size, hidden_size, bias=False)
         self.q_norm = nn.RMSNorm(head_dim, eps=norm_eps) if use_qk_norm else None
         self.k_norm = nn.RMSNorm(head_dim, eps=norm_eps) if use_qk_norm else None
-        self._table: torch.Tensor | None = None
         self.core = CoreAttention(
             num_heads,
             num_kv_heads,
@@ -158,16 +157,8 @@ class TrainableFlashAttention(nn.Module):
             for part, n in zip(parts, heads, strict=True)
         )
 
-    def _whole(self, table: torch.Tensor) -> torch.Tensor:
-        """The table behind a slice; remembered, since compiled code cannot look behind it."""
-        if torch.compiler.is_compiling():
-            return self._table if self._table is not None else table
-        whole = whole_table(table)
-        self._table = whole if whole is not table else None
-        return whole
-
     def _rope(self, x: torch.Tensor, table: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, 1) if x.dim() == 4 else x
-        table = self._whole(table)
+        table = remembered_table(self, table)
         rotated = apply_rope(flat, table, positions, interleaved=self.rope_interleaved)
         return rotated.view(x.shape)

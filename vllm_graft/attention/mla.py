@@ -18,7 +18,7 @@ from vllm_graft.attention.flash import token_positions
 from vllm_graft.attention.kernels import AttentionSpec, sample_borders
 from vllm_graft.attention.latent import attend_latent
 from vllm_graft.positions import current_batch
-from vllm_graft.rope import apply_rope, whole_table
+from vllm_graft.rope import apply_rope, remembered_table
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """RoPE on `q_pe` `[T, N, P]` and `k_pe` `[T, 1, P]`."""
@@ -125,7 +125,7 @@ class TrainableMLA(nn.Module):
         if attention_mask is not None:
             raise ValueError("TrainableMLA takes no dense attention_mask; pass cu_seqlens")
         at = token_positions(hidden_states, positions, cu_seqlens)
-        table = whole_table(freqs_cis)
+        table = remembered_table(self, freqs_cis)
 
         def rotate(q_pe: torch.Tensor, k_pe: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return apply_rope(q_pe, table, at), apply_rope(k_pe, table, at)

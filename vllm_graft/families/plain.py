@@ -34,7 +34,6 @@ class AdoptedAttention(TrainableFlashAttention):
             setattr(self, name, getattr(old, name, None))
         self.use_fused_qkv, self.rope_interleaved = False, True
         self.core = _core_of(old)
-        self._table = None
         self.training = old.training
         self._signature = inspect.signature(type(old).forward)
         self._table_argument = table_argument

@@ -193,6 +193,16 @@ def test_a_dropped_or_unmapped_weight_takes_its_scale_along():
     assert report.skipped == ["mtp.w", "mtp.w_scale_inv"]
 
 
+def test_a_drop_takes_scales_only_where_it_stands_before_the_weight():
+    _, report = load(quantized(), Matrix(), {"w": "w", "*": None})
+    assert report.dropped == []
+    model = nn.Module()
+    model.w = nn.Parameter(torch.zeros(1, 130, 257))
+    stray = {"x.0_scale_inv": torch.rand(2, 3), "x.0": torch.rand(130, 257)}
+    _, report = load(stray, model, {"*_scale_inv": None, "x.{}": "w[{}]"})
+    assert report.dropped == ["x.0_scale_inv"]
+
+
 def test_a_model_that_holds_fp8_itself_gets_both_as_they_are():
     class Native(nn.Module):
         def __init__(self) -> None:
@@ -205,6 +215,9 @@ def test_a_model_that_holds_fp8_itself_gets_both_as_they_are():
     model, _ = load(pair, Native(), {"w": "w", "w_scale_inv": "s"})
     assert torch.equal(model.w.float(), pair["w"].float())
     assert torch.equal(model.s, pair["w_scale_inv"])
+    pair["w2_scale_inv"] = pair["w_scale_inv"]
+    _, report = load(pair, Native(), {"w2": "w", "w": "w", "w_scale_inv": "s"})
+    assert report.skipped == ["w2_scale_inv"]
 
 
 def test_fp8_experts_go_into_a_stack():

@@ -161,10 +161,11 @@ class _Loader:
     def take(self, name: str, tensor: torch.Tensor, report: LoadReport) -> None:
         """Place one checkpoint tensor, or note why it has no place."""
         place, weight_name = self._names(name), name
-        is_scale = place is None and name.endswith(SUFFIX)
+        is_scale = name.endswith(SUFFIX) and (place is None or place.target is None)
         if is_scale:
+            # A scale goes where its weight goes, unless an earlier entry drops it.
             weight_name = name.removesuffix(SUFFIX)
-            place = self._names(weight_name)
+            place = self._names(name, weight_name)
         if place is None:
             report.skipped.append(name)
         elif place.target is None:
@@ -174,6 +175,8 @@ class _Loader:
                 f"checkpoint tensor {name!r} maps to {place.target!r}, which the model does not "
                 f"have; {nearest(place.target, self._slots)}"
             )
+        elif is_scale and not wide_float(tensor_in(self._slots[place.target])):
+            report.skipped.append(name)
         else:
             self._place(weight_name, tensor, place, is_scale, report)
 

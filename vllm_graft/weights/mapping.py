@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 
 from vllm_graft.weights.errors import WeightError, nearest
 from vllm_graft.weights.rows import RowOrder
@@ -95,12 +96,11 @@ class NameMap:
         self.entries = [_entry(source, value) for source, value in mapping.items()]
         self._exact = {entry.source: entry for entry in self.entries}
 
-    def __call__(self, name: str) -> Place | None:
-        """Where the checkpoint tensor `name` goes; None: the mapping does not name it."""
-        if name in self._exact:
-            return self._exact[name].place(name)
-        places = (entry.place(name) for entry in self.entries)
-        return next((place for place in places if place is not None), None)
+    def __call__(self, *names: str) -> Place | None:
+        """Where a tensor that goes by any of `names` goes; None: the mapping does not name it."""
+        exact = (self._exact[name].place(name) for name in names if name in self._exact)
+        places = (entry.place(name) for entry in self.entries for name in names)
+        return next((place for place in chain(exact, places) if place is not None), None)
 
     def sources_of(self, target: str, size: int) -> dict[int | None, list[Entry]]:
         """The entries that fill a tensor of `size` rows, by row (None: all of it)."""

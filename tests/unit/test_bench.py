@@ -136,7 +136,7 @@ def entrants(user_env: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> dict[
     monkeypatch.setenv(SPLIT_KV, "0")
     made = contenders(
         arch="Mine",
-        peers=["vllm", "transformers"],
+        peers=["vllm", "transformers", "graft-fast"],
         llm={"model": "checkpoint"},
         user_env=user_env,
         cache=Path("cache"),
@@ -154,6 +154,13 @@ def test_stock_peers_know_nothing_of_graft(monkeypatch: pytest.MonkeyPatch) -> N
         assert made[name].llm == {"model": "checkpoint", "model_impl": name}
 
 
+def test_variants_are_the_same_model_with_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = entrants({}, monkeypatch)
+    assert "Mine" in made["graft-fast"].env[registry.ENV]
+    other = {"additional_config": {"vllm_graft_exact": False}}
+    assert made["graft-fast"].llm == {**made["graft"].llm, **other}
+
+
 def test_what_the_user_set_reaches_every_contender(monkeypatch: pytest.MonkeyPatch) -> None:
     made = entrants({SPLIT_KV: "1", "VLLM_CPU_KVCACHE_SPACE": "3"}, monkeypatch)
     assert {c.env[SPLIT_KV] for c in made.values()} == {"1"}
@@ -162,8 +169,8 @@ def test_what_the_user_set_reaches_every_contender(monkeypatch: pytest.MonkeyPat
 
 def test_compile_caches_are_not_shared(monkeypatch: pytest.MonkeyPatch) -> None:
     made = entrants({}, monkeypatch)
-    assert len({c.env["VLLM_CACHE_ROOT"] for c in made.values()}) == 3
-    assert len({c.env["TORCHINDUCTOR_CACHE_DIR"] for c in made.values()}) == 3
+    assert len({c.env["VLLM_CACHE_ROOT"] for c in made.values()}) == 4
+    assert len({c.env["TORCHINDUCTOR_CACHE_DIR"] for c in made.values()}) == 4
 
 
 def test_machine_and_memory_have_plausible_units() -> None:

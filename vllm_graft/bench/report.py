@@ -93,6 +93,7 @@ _LABELS = {
     GRAFT: "Graft",
     "vllm": "vLLM",
     "transformers": "Transformers",
+    "graft-fast": "Graft, not exact",
 }
 _RATIOS = ("prefill", "decode", "cold_startup", "startup", "peak_memory")
 

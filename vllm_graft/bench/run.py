@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_graft.bench.process import Worker, WorkerError
-from vllm_graft.bench.spec import GRAFT, PEERS, Contender, Measured, Round, Workload
+from vllm_graft.bench.spec import GRAFT, PEERS, VARIANTS, Contender, Measured, Round, Workload
 from vllm_graft.serve.registry import ENV as REGISTRATIONS
 
 _SETTLE_S = 0.5
@@ -31,11 +31,11 @@ def contenders(
     user_env: Mapping[str, str],
     cache: Path,
 ) -> list[Contender]:
-    """Graft first, then the peers; stock peers know nothing of Graft's models.
+    """Graft first, then the others; stock peers know nothing of Graft's models.
 
     Args:
         arch: a registered architecture.
-        peers: keys of `PEERS`.
+        peers: keys of `PEERS` and `VARIANTS`.
         llm: arguments of `vllm.LLM` that all share.
         user_env: the environment before anything was registered.
         cache: folder for compile caches; each contender gets an empty one.
@@ -45,7 +45,11 @@ def contenders(
     result = [Contender(name=GRAFT, llm=graft_llm, env=graft_env)]
     for name in peers:
         env = _child_env(user_env, cache / name)
-        result.append(Contender(name=name, llm={**llm, **PEERS[name]}, env=env))
+        if name in VARIANTS:
+            env[REGISTRATIONS] = os.environ[REGISTRATIONS]
+            result.append(Contender(name=name, llm={**graft_llm, **VARIANTS[name]}, env=env))
+        else:
+            result.append(Contender(name=name, llm={**llm, **PEERS[name]}, env=env))
     return result
 
 

@@ -1,4 +1,4 @@
-"""Random-weight Qwen3 checkpoints to measure with.
+"""Random-weight checkpoints to measure with.
 
 As a script: `python -m vllm_graft.bench.shapes 0.5b FOLDER`.
 """
@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, int]] = {
+SHAPES: dict[str, dict[str, Any]] = {
     "0.5b": {
+        "model_type": "qwen3",
+        "use_sliding_window": False,
         "num_hidden_layers": 28,
         "hidden_size": 1024,
         "num_attention_heads": 16,
@@ -20,7 +22,28 @@ SHAPES: dict[str, dict[str, int]] = {
         "intermediate_size": 3072,
         "vocab_size": 32000,
     },
+    "deepseek": {
+        "model_type": "deepseek_v3",
+        "num_hidden_layers": 12,
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "q_lora_rank": 384,
+        "intermediate_size": 2816,
+        "moe_intermediate_size": 352,
+        "n_routed_experts": 16,
+        "num_experts_per_tok": 4,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "num_nextn_predict_layers": 0,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "vocab_size": 32000,
+    },
     "tiny": {
+        "model_type": "qwen3",
+        "use_sliding_window": False,
         "num_hidden_layers": 2,
         "hidden_size": 64,
         "num_attention_heads": 4,
@@ -30,11 +53,12 @@ SHAPES: dict[str, dict[str, int]] = {
         "vocab_size": 512,
     },
 }
-"""Qwen3 sizes; `0.5b` has 506M parameters, with untied embeddings as the others."""
+"""Hugging Face config fields. `0.5b` is a Qwen3 of 506M parameters; `deepseek` is a DeepSeek V3
+with real MLA head sizes and 16 experts. Embeddings are untied in all."""
 
 
 def write_checkpoint(shape: str, folder: Path, *, seed: int = 0) -> None:
-    """Write a bfloat16 Qwen3 checkpoint with random weights, without a tokenizer.
+    """Write a bfloat16 checkpoint with random weights, without a tokenizer.
 
     Args:
         shape: a key of `SHAPES`.
@@ -42,11 +66,10 @@ def write_checkpoint(shape: str, folder: Path, *, seed: int = 0) -> None:
         seed: of the weights.
     """
     import torch
-    from transformers import AutoModelForCausalLM, Qwen3Config
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    sizes: dict[str, Any] = dict(SHAPES[shape])
-    config = Qwen3Config(
-        **sizes, max_position_embeddings=4096, tie_word_embeddings=False, use_sliding_window=False
+    config = AutoConfig.for_model(
+        **SHAPES[shape], max_position_embeddings=4096, tie_word_embeddings=False
     )
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

@@ -11,6 +11,10 @@ PEERS: dict[str, dict[str, Any]] = {
     "transformers": {"model_impl": "transformers"},
 }
 """Peers, and what makes vLLM build them: its own model class, or its Transformers backend."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "graft-fast": {"additional_config": {"vllm_graft_exact": False}},
+}
+"""The same Graft model with other options of `vllm.LLM`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,10 +19,12 @@ from vllm_graft.bench.process import WorkerError
 from vllm_graft.bench.report import as_json, tables
 from vllm_graft.bench.run import Tell, contenders, measure, read_once, steps
 from vllm_graft.bench.shapes import SHAPES, write_in_child
-from vllm_graft.bench.spec import PEERS, Workload
+from vllm_graft.bench.spec import PEERS, VARIANTS, Workload
 from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.options import MODEL, OUTPUT, Arch, Dtype, EnforceEager, Factory, MaxModelLen
 from vllm_graft.cli.target import register_target
+
+OTHERS = (*PEERS, *VARIANTS)
 
 _WORK = "Workload"
 MaybeCheckpoint = Annotated[
@@ -34,7 +36,7 @@ Shape = Annotated[
     typer.Option(
         "--shape",
         metavar="|".join(SHAPES),
-        help="Make a random-weight Qwen3 checkpoint of this size: in CHECKPOINT, a folder that "
+        help="Make a random-weight checkpoint of this size: in CHECKPOINT, a folder that "
         "does not exist yet, or in a temporary one.",
         rich_help_panel=MODEL,
     ),
@@ -43,8 +45,9 @@ Against = Annotated[
     list[str] | None,
     typer.Option(
         "--against",
-        metavar="|".join(PEERS),
-        help="Compare with vLLM's own model class or its Transformers backend; may be repeated.",
+        metavar="|".join(OTHERS),
+        help="Compare with vLLM's own model class, its Transformers backend, or Graft without "
+        "exact serving; may be repeated.",
         rich_help_panel=_WORK,
     ),
 ]
@@ -144,9 +147,9 @@ def _run(
 
 
 def _check_names(peers: list[str], shape: str | None) -> list[str]:
-    unknown = [peer for peer in peers if peer not in PEERS]
+    unknown = [peer for peer in peers if peer not in OTHERS]
     if unknown:
-        raise UsageError(f"--against {unknown[0]}: expected one of {', '.join(PEERS)}")
+        raise UsageError(f"--against {unknown[0]}: expected one of {', '.join(OTHERS)}")
     if shape is not None and shape not in SHAPES:
         raise UsageError(f"--shape {shape}: expected one of {', '.join(SHAPES)}")
     return list(dict.fromkeys(peers))

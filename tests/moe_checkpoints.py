@@ -59,24 +59,33 @@ def qwen3_moe_checkpoint(folder: Path, **overrides: Any) -> Path:
         "norm_topk_prob": True,
     }  # fmt: skip
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**(QWEN3_SIZES | experts | overrides)))
-    spread_weights(model).save_pretrained(folder)
+    _vary_tokens(spread_weights(model))
+    model.save_pretrained(folder)
     return folder
 
 
 def deepseek_v3_checkpoint(folder: Path, **overrides: Any) -> Path:
     """A small random DeepSeek V3 with the real MLA sizes, in Hugging Face format (float32).
 
-    Its router biases are as wide as its scores, so routing depends on them.
+    Its router biases are about as wide as its scores, so routing depends on both.
     """
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     model = DeepseekV3ForCausalLM(DeepseekV3Config(**(DEEPSEEK_SIZES | overrides)))
-    spread_weights(model)
+    _vary_tokens(spread_weights(model))
     for name, bias in model.named_buffers():
         if name.endswith("e_score_correction_bias"):
-            bias.normal_(std=0.3)
+            bias.normal_(std=0.1)
     model.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def _vary_tokens(model: Any) -> None:
+    """Keep attention, nearly uniform with random weights, from making all tokens alike."""
+    model.model.embed_tokens.weight.mul_(10)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj.weight.mul_(0.3)
 
 
 def fp8_checkpoint(folder: Path, source: Path) -> tuple[Path, Path]:

@@ -73,6 +73,9 @@ def engine(checkpoint: Path, arch: str | None = None, **options: Any) -> Iterato
     try:
         yield llm
     finally:
+        # The caller's variable keeps the engine; freed later, it would take the process
+        # groups of the next engine down.
+        llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
 

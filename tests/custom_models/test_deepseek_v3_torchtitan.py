@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +16,7 @@ from examples.custom_models.deepseek_v3_torchtitan import (
     build_deepseek_v3_torchtitan,
 )
 from tests.moe_checkpoints import DEEPSEEK_SIZES, YARN, deepseek_v3_checkpoint, fp8_checkpoint
-from tests.support import relative_error
+from tests.support import ROOT, python, relative_error
 from vllm_graft import WeightError, record_routing
 
 
@@ -178,6 +180,37 @@ WITHOUT_MSCALE = {key: value for key, value in YARN.items() if not key.startswit
 def test_fields_it_cannot_honour_are_refused_by_name(overrides, text):
     with pytest.raises(ValueError, match=text):
         DeepSeekV3TorchTitanForCausalLM(vllm_config(config(**overrides)))
+
+
+def test_it_trains_from_torchtitans_own_initial_values():
+    from examples.custom_models.deepseek_v3_config import deepseek_v3_config
+    from vllm_graft import replace_with_trainable_attention
+
+    model = deepseek_v3_config(config(), max_seq_len=64).build()
+    model.init_states()
+    replace_with_trainable_attention(model, use_mla=True)
+    model.train()(torch.arange(40).view(2, 20)).logsumexp(-1).mean().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    counts = model.layers["1"].moe.tokens_per_expert_E
+    assert counts.sum() == 40 * 3
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3_torchtitan", "qwen3_torchtitan"])
+def test_the_file_is_a_script(name, tmp_path):
+    script = ROOT / f"examples/custom_models/{name}.py"
+    done = subprocess.run(
+        [sys.executable, script, "--help"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "--prompt" in done.stdout, done.stderr
+
+
+def test_importing_it_is_light_and_initializes_no_cuda():
+    code = (
+        "import sys, examples.custom_models.deepseek_v3_torchtitan, torch\n"
+        "print([m for m in ('torchtitan', 'vllm') if m in sys.modules],"
+        " torch.cuda.is_initialized())"
+    )
+    assert python(code).stdout.strip() == "[] False"
 
 
 def test_tensor_parallelism_is_refused():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 
 
 @dataclass
@@ -54,6 +55,26 @@ class ParallelContext:
     def get_pp_process_group(self) -> dist.ProcessGroup | None:
         """The pipeline-parallel device group of vLLM, or None before it exists."""
         return _group("pp")
+
+    def tp_mesh(self, device_type: str | None = None) -> DeviceMesh:
+        """A one-dimensional mesh `("tp",)` over vLLM's own tensor-parallel ranks.
+
+        Args:
+            device_type: `"cuda"`, `"cpu"`; by default that of vLLM's platform.
+
+        Raises:
+            RuntimeError: vLLM has not initialized its groups.
+        """
+        group = self.get_tp_process_group()
+        if group is None:
+            raise RuntimeError(
+                "tp_mesh: vLLM has no process groups yet; call it in the factory, which vLLM runs "
+                "after it has initialized them"
+            )
+        from vllm_graft.serve._vllm import platform_device
+
+        kind = platform_device() if device_type is None else device_type
+        return DeviceMesh.from_group(group, kind, mesh_dim_names=("tp",))
 
 
 def _group(axis: str) -> dist.ProcessGroup | None:

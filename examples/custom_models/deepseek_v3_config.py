@@ -31,16 +31,20 @@ def deepseek_v3_config(hf_config: Any, max_seq_len: int) -> Any:
     from torchtitan.models.common import Embedding, Linear
     from torchtitan.models.common.nn_modules import RMSNorm
     from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+    from torchtitan.models.deepseek_v3.sharding import set_deepseek_v3_sharding_config
 
     refuse_unsupported(hf_config)
     dim, vocab_size = hf_config.hidden_size, hf_config.vocab_size
     init = {"weight": partial(nn.init.normal_, std=hf_config.initializer_range)}
     ones = {"weight": nn.init.ones_}
-    norm = RMSNorm.Config(normalized_shape=dim, eps=hf_config.rms_norm_eps, param_init=ones)
-    return DeepSeekV3Model.Config(
+    # One config each: the sharding of the last norm is another than the layers'.
+    norm = partial(
+        RMSNorm.Config, normalized_shape=dim, eps=hf_config.rms_norm_eps, param_init=ones
+    )
+    config = DeepSeekV3Model.Config(
         vocab_size=vocab_size,
         dim=dim,
-        norm=norm,
+        norm=norm(),
         enable_weight_tying=hf_config.tie_word_embeddings,
         tok_embeddings=Embedding.Config(
             num_embeddings=vocab_size, embedding_dim=dim, param_init=init
@@ -51,6 +55,9 @@ def deepseek_v3_config(hf_config: Any, max_seq_len: int) -> Any:
             for index in range(hf_config.num_hidden_layers)
         ],
     )
+    # Read by `parallelize` alone: on one rank it changes nothing.
+    set_deepseek_v3_sharding_config(config, enable_sp=False, enable_ep=False)
+    return config
 
 
 def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:
@@ -78,8 +85,8 @@ def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init:
     attention.q_norm.eps = attention.kv_norm.eps = LATENT_NORM_EPS
     sparse = is_sparse(hf_config, index)
     return DeepSeekV3TransformerBlock.Config(
-        attention_norm=norm,
-        ffn_norm=norm,
+        attention_norm=norm(),
+        ffn_norm=norm(),
         attention=attention,
         feed_forward=None
         if sparse

@@ -17,82 +17,34 @@ field that TorchTitan's model cannot honour is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from vllm_graft import (
-    RowOrder,
-    VLLMModelForCausalLM,
-    interleave_rope_rows,
-    load_external_weights,
-    replace_with_trainable_attention,
-)
+from vllm_graft import RowOrder, interleave_rope_rows
 from vllm_graft.examples.deepseek_v3_config import deepseek_v3_config, is_sparse
 from vllm_graft.examples.script import run
+from vllm_graft.examples.torchtitan_model import TorchTitanForCausalLM
 from vllm_graft.examples.torchtitan_moe import feed_forward_names
 
 ARCH = "DeepSeekV3TorchTitan"
 
 
-class DeepSeekV3TorchTitanForCausalLM(VLLMModelForCausalLM):
+class DeepSeekV3TorchTitanForCausalLM(TorchTitanForCausalLM):
     """TorchTitan's `DeepSeekV3Model` behind the four methods of the Custom Model API."""
 
-    supports_torch_compile = True
-
     def __init__(self, vllm_config: Any, parallel_context: Any = None, **kwargs: Any) -> None:
-        super().__init__()
         hf_config = vllm_config.hf_config
         config = deepseek_v3_config(hf_config, vllm_config.model_config.max_model_len)
-        self.model: Any = config.build()
-        self.name_mapping = name_mapping(hf_config)
-        replace_with_trainable_attention(self.model, use_mla=True)
-
-    def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed `[T]` or `[B, L]` token ids."""
-        embedded: torch.Tensor = self.model.tok_embeddings(input_ids)
-        return embedded
-
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Hidden states for `[T]` (one flat batch) or `[B, L]` token ids."""
-        flat = input_ids.dim() == 1
-        tokens_BL = input_ids[None] if flat else input_ids
-        positions_BL = positions[None] if flat and positions is not None else positions
-        h_BLD = self.get_input_embeddings(tokens_BL)
-        for layer in self.model.layers.values():
-            h_BLD = layer(h_BLD, None, positions_BL)
-        h_BLD = self.model.norm(h_BLD)
-        hidden: torch.Tensor = h_BLD[0] if flat else h_BLD
-        return hidden
-
-    def compute_logits(
-        self, hidden_states: torch.Tensor, sampling_metadata: Any = None
-    ) -> torch.Tensor:
-        """Logits `[..., V]` for hidden states `[..., D]`."""
-        logits: torch.Tensor = self.model.lm_head(hidden_states)
-        return logits
-
-    def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a Hugging Face checkpoint."""
-        load_external_weights(
-            model=self.model, weights_iter=weights_iter, name_mapping=self.name_mapping
-        )
+        super().__init__(config, name_mapping(hf_config), use_mla=True)
 
 
 def build_deepseek_v3_torchtitan(vllm_config: Any, parallel_context: Any) -> nn.Module:
-    """Factory for vLLM's model registry."""
-    if parallel_context is not None and parallel_context.get_tensor_parallel_world_size() > 1:
-        raise ValueError(
-            f"{ARCH}: tensor_parallel_size="
-            f"{parallel_context.get_tensor_parallel_world_size()} is not supported yet; use 1"
-        )
+    """Factory for vLLM's model registry: create, replace attention, shard, cast."""
     model = DeepSeekV3TorchTitanForCausalLM(
         vllm_config=vllm_config, parallel_context=parallel_context
     )
+    model.parallelize(parallel_context)
     return model.to(dtype=vllm_config.model_config.dtype)
 
 

@@ -17,20 +17,14 @@ honour is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
-from vllm_graft import (
-    VLLMModelForCausalLM,
-    load_external_weights,
-    replace_with_trainable_attention,
-)
 from vllm_graft.examples.refusals import refuse_fields
 from vllm_graft.examples.script import run
+from vllm_graft.examples.torchtitan_model import TorchTitanForCausalLM
 from vllm_graft.examples.torchtitan_moe import feed_forward_names, ffn_config, moe_config
 
 ARCH = "Qwen3TorchTitan"
@@ -54,60 +48,19 @@ vocabulary names lead to one tensor, and a checkpoint that has both must hold eq
 values."""
 
 
-class Qwen3TorchTitanForCausalLM(VLLMModelForCausalLM):
+class Qwen3TorchTitanForCausalLM(TorchTitanForCausalLM):
     """TorchTitan's `Qwen3Model` behind the four methods of the Custom Model API."""
 
-    supports_torch_compile = True
-
     def __init__(self, vllm_config: Any, parallel_context: Any = None, **kwargs: Any) -> None:
-        super().__init__()
         hf_config = vllm_config.hf_config
         config = qwen3_config(hf_config, vllm_config.model_config.max_model_len)
-        self.model: Any = config.build()
-        self.name_mapping = name_mapping(hf_config)
-        replace_with_trainable_attention(self.model, use_mla=False)
-
-    def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed `[T]` or `[B, L]` token ids."""
-        embedded: torch.Tensor = self.model.tok_embeddings(input_ids)
-        return embedded
-
-    def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, **kwargs: Any
-    ) -> torch.Tensor:
-        """Hidden states for `[T]` (one flat batch) or `[B, L]` token ids."""
-        flat = input_ids.dim() == 1
-        tokens_BL = input_ids[None] if flat else input_ids
-        positions_BL = positions[None] if flat and positions is not None else positions
-        h_BLD = self.get_input_embeddings(tokens_BL)
-        for layer in self.model.layers.values():
-            h_BLD = layer(h_BLD, None, positions_BL)
-        h_BLD = self.model.norm(h_BLD)
-        hidden: torch.Tensor = h_BLD[0] if flat else h_BLD
-        return hidden
-
-    def compute_logits(
-        self, hidden_states: torch.Tensor, sampling_metadata: Any = None
-    ) -> torch.Tensor:
-        """Logits `[..., V]` for hidden states `[..., D]`."""
-        logits: torch.Tensor = self.model.lm_head(hidden_states)
-        return logits
-
-    def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a Hugging Face checkpoint."""
-        load_external_weights(
-            model=self.model, weights_iter=weights_iter, name_mapping=self.name_mapping
-        )
+        super().__init__(config, name_mapping(hf_config), use_mla=False)
 
 
 def build_qwen3_torchtitan(vllm_config: Any, parallel_context: Any) -> nn.Module:
-    """Factory for vLLM's model registry."""
-    if parallel_context is not None and parallel_context.get_tensor_parallel_world_size() > 1:
-        raise ValueError(
-            f"{ARCH}: tensor_parallel_size="
-            f"{parallel_context.get_tensor_parallel_world_size()} is not supported yet; use 1"
-        )
+    """Factory for vLLM's model registry: create, replace attention, shard, cast."""
     model = Qwen3TorchTitanForCausalLM(vllm_config=vllm_config, parallel_context=parallel_context)
+    model.parallelize(parallel_context)
     return model.to(dtype=vllm_config.model_config.dtype)
 
 
@@ -141,12 +94,13 @@ def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
     from torchtitan.models.common import Embedding, Linear
     from torchtitan.models.common.nn_modules import RMSNorm
     from torchtitan.models.qwen3.model import Qwen3Model
+    from torchtitan.models.qwen3.sharding import set_qwen3_sharding_config
 
     refuse_unsupported(hf_config)
     dim, vocab_size = hf_config.hidden_size, hf_config.vocab_size
     init = {"weight": partial(nn.init.normal_, std=hf_config.initializer_range)}
     norm = partial(RMSNorm.Config, eps=hf_config.rms_norm_eps, param_init={"weight": nn.init.ones_})
-    return Qwen3Model.Config(
+    config = Qwen3Model.Config(
         vocab_size=vocab_size,
         dim=dim,
         norm=norm(normalized_shape=dim),
@@ -160,6 +114,9 @@ def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
             for index in range(hf_config.num_hidden_layers)
         ],
     )
+    # Read by `parallelize` alone: on one rank it changes nothing.
+    set_qwen3_sharding_config(config, enable_sp=False, enable_ep=False)
+    return config
 
 
 def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:

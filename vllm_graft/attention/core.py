@@ -71,6 +71,8 @@ class CoreAttention(nn.Module):
             raise ValueError(f"sliding_window={sliding_window} must be at least 1")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.dropout = dropout
+        self.tp_size = 1
+        """Tensor-parallel ranks among which the heads were divided; see `attention.shard`."""
         self.spec = AttentionSpec(
             scale=head_dim**-0.5 if scale is None else scale,
             causal=causal,
@@ -78,6 +80,16 @@ class CoreAttention(nn.Module):
         )
         # Not a submodule: the adapter owns the paged layers, the state dict stays the user's.
         self._paged: PagedLayer | None = None
+
+    def head_counts(self) -> dict[str, int]:
+        """The counts that tensor parallelism divides."""
+        return {"num_heads": self.num_heads, "num_kv_heads": self.num_kv_heads}
+
+    def shard(self, tp_size: int) -> None:
+        """Keep one of `tp_size` equal shares of the heads."""
+        self.num_heads //= tp_size
+        self.num_kv_heads //= tp_size
+        self.tp_size = tp_size
 
     def bind(self, layer: PagedLayer) -> None:
         """Use `layer` whenever vLLM runs a forward."""
@@ -135,8 +147,17 @@ class CoreAttention(nn.Module):
                 f"CoreAttention(num_heads={self.num_heads}, num_kv_heads={self.num_kv_heads}, "
                 f"head_dim={self.head_dim}) expects q [..., {self.num_heads}, {self.head_dim}] and "
                 f"k, v [..., {self.num_kv_heads}, {self.head_dim}] with [T] or [B, L] in front, "
-                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+                f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}{self._tp_hint()}"
             )
+
+    def _tp_hint(self) -> str:
+        if self.tp_size == 1:
+            return ""
+        return (
+            f". With tensor_parallel_size={self.tp_size} each rank has 1/{self.tp_size} of the "
+            "heads: apply tensor parallelism in the factory, after attention replacement "
+            "(create -> replace -> TP -> dtype)"
+        )
 
     def extra_repr(self) -> str:
         """Heads, scale and window, for `print(model)`."""

@@ -8,7 +8,7 @@ Legend: T tokens, B sequences, L length, D width, N heads, R latent rank
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -90,6 +90,18 @@ class TrainableMLA(nn.Module):
         self.wo = nn.Linear(c.num_heads * c.v_head_dim, c.hidden_size, bias=False)
         # Not a submodule: the adapter owns the paged layers, the state dict stays the user's.
         self._paged: PagedLatentLayer | None = None
+
+    tp_size = 1
+    """Tensor-parallel ranks among which the heads were divided; see `attention.shard`."""
+
+    def head_counts(self) -> dict[str, int]:
+        """The counts that tensor parallelism divides; the latent cache is the same on all ranks."""
+        return {"num_heads": self.config.num_heads}
+
+    def shard(self, tp_size: int) -> None:
+        """Keep one of `tp_size` equal shares of the heads."""
+        self.config = replace(self.config, num_heads=self.config.num_heads // tp_size)
+        self.tp_size = tp_size
 
     @property
     def spec(self) -> AttentionSpec:

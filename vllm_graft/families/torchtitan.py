@@ -70,6 +70,7 @@ def plan(attention: Any) -> Swap:
     """
     if isinstance(attention.inner_attention, CoreAttention):
         return swap_of(KIND, attention.inner_attention)
+    refuse_parallelized(attention)
     core = TitanCoreAttention(
         attention.n_heads,
         attention.n_kv_heads,
@@ -78,6 +79,19 @@ def plan(attention: Any) -> Swap:
         sliding_window=_window(attention.inner_attention),
     )
     return swap_of(KIND, core, apply=partial(_take_seam, attention, core))
+
+
+def refuse_parallelized(attention: Any) -> None:
+    """Refuse a block that TorchTitan has sharded already: its head counts are the whole model's.
+
+    Raises:
+        ValueError: tensor parallelism came before attention replacement.
+    """
+    if getattr(attention, "_parallelized", False):
+        raise ValueError(
+            f"{type(attention).__name__} was parallelized before its attention was replaced; "
+            "create -> replace -> TP -> dtype"
+        )
 
 
 def _take_seam(attention: Any, core: CoreAttention) -> None:

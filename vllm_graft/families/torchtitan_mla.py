@@ -18,7 +18,7 @@ from torch import nn
 from vllm_graft.attention.flash import token_positions
 from vllm_graft.attention.mla import MLAConfig, TrainableMLA
 from vllm_graft.families.swap import Swap
-from vllm_graft.families.torchtitan import borders_of
+from vllm_graft.families.torchtitan import borders_of, refuse_parallelized
 
 KIND = "mla"
 _PARTS = ("wq", "wq_a", "q_norm", "wq_b", "wkv_a", "kv_norm", "wkv_b", "wo")
@@ -73,6 +73,7 @@ def plan(attention: Any) -> Swap:
     """
     if isinstance(attention, TrainableMLA):
         return _swap(attention.config)
+    refuse_parallelized(attention)
     config = _config_of(attention)
     owns_rope = isinstance(getattr(attention, "rope", None), nn.Module)
     new_class: type[TrainableMLA] = TitanMLA if owns_rope else TitanTableMLA

@@ -134,6 +134,13 @@ def process_group(axis: str) -> Any:
     return get().device_group
 
 
+def platform_device() -> str:
+    """`"cpu"`, `"cuda"`, ...: the device type of vLLM's platform."""
+    from vllm.platforms import current_platform
+
+    return str(current_platform.device_type)
+
+
 def forward_running() -> bool:
     """Whether vLLM is inside a model forward (its forward context is set)."""
     from vllm.forward_context import is_forward_context_available

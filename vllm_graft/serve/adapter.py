@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
@@ -19,6 +20,7 @@ from vllm_graft.serve import _vllm
 from vllm_graft.serve.body import call, find_layout, make_body
 from vllm_graft.serve.kv import PagedAttention, bind
 from vllm_graft.serve.loading import Loading
+from vllm_graft.serve.ranks import check_ranks_differ
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.weights.errors import WeightError
 
@@ -59,6 +61,7 @@ class GraftForCausalLM(nn.Module):
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
+        self._parallel_config = vllm_config.parallel_config
         self._modules_below: list[nn.Module] = []
         self._modules_as_of = -1
         self._loading = Loading(self.arch, self.model)
@@ -169,6 +172,7 @@ class GraftForCausalLM(nn.Module):
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
         if self._loading.finish():
+            check_ranks_differ(self.model, ParallelContext.from_config(self._parallel_config))
             self._try_out()
 
 
@@ -195,6 +199,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
             else factory(vllm_config, context)
         )
     _check_model(arch, model)
+    shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
     make_exact(model)
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))

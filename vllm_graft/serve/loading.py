@@ -16,6 +16,7 @@ from torch import nn
 from vllm_graft.weights.account import Missing
 from vllm_graft.weights.load import Load, WeightError
 from vllm_graft.weights.sentinel import Sentinels
+from vllm_graft.weights.shards import rows_of
 from vllm_graft.weights.slots import slots, tensor_in, tied_names
 from vllm_graft.weights.write import note_writes
 
@@ -130,8 +131,7 @@ class Loading:
         for name, tensor in self._tensors.items():
             rows = self._rows(name)
             if rows or self._untouched(name, unwritten):
-                size = tensor.shape[0] if tensor.dim() else 1
-                gaps += self._load.account.gaps(name, size, rows)
+                gaps += self._load.account.gaps(name, rows_of(tensor), rows)
         return gaps
 
     def _rows(self, name: str) -> set[int | None]:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.mapping import Entry, NameMap, NameMapping, Place, label
+from vllm_graft.weights.shards import rows_of, whole
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 
 
@@ -20,8 +20,8 @@ def export_weights(
     """The inverse of `load_external_weights`, by the same mapping.
 
     Args:
-        model: plain or DTensor parameters. A DTensor is gathered with `full_tensor()`,
-            so every rank must consume the iterator to its end.
+        model: plain, DTensor or tensor-parallel local parameters. What is sharded is
+            gathered, so every rank must consume the iterator to its end.
         name_mapping: the mapping that loads a checkpoint into the model.
 
     Returns:
@@ -49,12 +49,10 @@ class _Plan:
     pieces: dict[int | None, tuple[str, Entry]]
     """By row (None: all of it): the checkpoint name, and the entry that it follows."""
 
-    @torch.no_grad()
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        tensor = tensor_in(self.slot).detach()
-        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        full = whole(tensor_in(self.slot))
         for row, (name, entry) in self.pieces.items():
-            piece = whole if row is None else whole[row]
+            piece = full if row is None else full[row]
             yield name, piece if entry.order is None else entry.order.undo(piece)
 
 
@@ -76,7 +74,7 @@ def _plans(model: nn.Module, names: NameMap) -> list[_Plan]:
 def _plan(known: dict[str, Slot], tied: list[str], names: NameMap) -> _Plan | None:
     """The plan for a tensor with the names `tied`; None if no entry names it."""
     tensor = tensor_in(known[tied[0]])
-    size = tensor.shape[0] if tensor.dim() else 1
+    size = rows_of(tensor)
     filled = {name: names.sources_of(name, size) for name in tied}
     ranks = {
         min(names.entries.index(entry) for entries in by_row.values() for entry in entries): name

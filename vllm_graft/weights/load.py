@@ -5,16 +5,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from vllm_graft.weights.account import Account, LoadReport, Missing, missing_text
 from vllm_graft.weights.errors import WeightError, nearest
 from vllm_graft.weights.fp8 import SUFFIX, Halves, dequantize, is_block_fp8
 from vllm_graft.weights.mapping import NameMap, NameMapping, Place
+from vllm_graft.weights.shards import rows_of, whole
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 from vllm_graft.weights.write import check, put, wide_float
 
@@ -153,7 +152,7 @@ class _Loader:
         parameters = {id(p) for p in model.parameters()}
         for name, slot in self._slots.items():
             tensor = tensor_in(slot)
-            size = tensor.shape[0] if tensor.dim() else 1
+            size = rows_of(tensor)
             key = load.account.name_of(slot, name)
             required = id(tensor) in parameters
             load.account.open(key, size, name, self._names, required=required)
@@ -219,6 +218,6 @@ def _same(param: torch.Tensor, tensor: torch.Tensor, row: int | None) -> bool:
     """Whether a tied parameter already holds these values (unknown on meta: taken as yes)."""
     if param.is_meta:
         return True
-    full: Any = param.full_tensor() if isinstance(param, DTensor) else param
+    full = whole(param)
     held = full if row is None else full[row]
     return torch.equal(held, tensor.to(dtype=held.dtype, device=held.device))

@@ -14,6 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.shards import Shard, cut, shard_of, whole_shape
 
 
 @torch.no_grad()
@@ -31,6 +32,8 @@ def write(param: torch.Tensor, loaded_weight: torch.Tensor, row: int | None = No
         noted.add(row)
     if isinstance(param, DTensor):
         _write_shard(param, loaded_weight, row)
+    elif (shard := shard_of(param)) is not None:
+        _write_share(param, loaded_weight, row, shard)
     else:
         place = param if row is None else param[row]
         _same_shape(loaded_weight, place)
@@ -54,15 +57,16 @@ def check(where: str, tensor: torch.Tensor, param: torch.Tensor, row: int | None
     Raises:
         WeightError: a row out of range, another shape, or quantized values.
     """
-    if row is not None and (param.dim() == 0 or row >= param.shape[0]):
+    whole = whole_shape(param)
+    if row is not None and (param.dim() == 0 or row >= whole[0]):
         raise WeightError(
             f"{where}: row {row} means at least {row + 1} rows (experts), but the parameter is "
-            f"{tuple(param.shape)}; the model was built for another number"
+            f"{tuple(whole)}; the model was built for another number"
         )
-    expected = param.shape if row is None else param.shape[1:]
+    expected = whole if row is None else whole[1:]
     if tensor.shape != expected and _is_ours(param):
         hint = " (transposed?)" if tensor.shape == expected[::-1] else ""
-        of = "" if row is None else f", row {row} of {tuple(param.shape)}"
+        of = "" if row is None else f", row {row} of {tuple(whole)}"
         raise WeightError(
             f"{where}: shape {tuple(tensor.shape)} does not fit {tuple(expected)}{of}{hint}"
         )
@@ -106,6 +110,16 @@ def _same_shape(tensor: torch.Tensor, place: torch.Tensor) -> None:
     # copy_ would broadcast.
     if tensor.shape != place.shape:
         raise ValueError(f"expected shape {tuple(place.shape)}, got {tuple(tensor.shape)}")
+
+
+def _write_share(param: torch.Tensor, tensor: torch.Tensor, row: int | None, shard: Shard) -> None:
+    """Every rank has the whole tensor: each keeps its share, nothing is sent."""
+    if row is None:
+        param.copy_(cut(tensor, shard))
+    elif shard.dim != 0:
+        param[row].copy_(cut(tensor[None], shard)[0])
+    elif row // param.shape[0] == shard.rank:
+        param[row % param.shape[0]].copy_(tensor)
 
 
 def _write_shard(param: DTensor, tensor: torch.Tensor, row: int | None) -> None:

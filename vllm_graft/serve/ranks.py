@@ -1,0 +1,41 @@
+"""Whether tensor parallelism did anything: each rank must hold other weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from vllm_graft.parallel import ParallelContext
+
+_SAMPLES = 256
+
+
+def check_ranks_differ(model: nn.Module, context: ParallelContext) -> None:
+    """Refuse a model that every tensor-parallel rank holds whole. All ranks must call this.
+
+    Raises:
+        RuntimeError: the weights are identical on all ranks.
+    """
+    size, group = context.get_tensor_parallel_world_size(), context.get_tp_process_group()
+    if size == 1 or group is None:
+        return
+    mine = torch.stack([_digest(parameter) for parameter in model.parameters()])
+    theirs = [torch.empty_like(mine) for _ in range(size)]
+    dist.all_gather(theirs, mine, group=group)
+    if all(torch.equal(theirs[0], other) for other in theirs[1:]):
+        raise RuntimeError(
+            f"tensor_parallel_size={size}, but the weights are identical on all ranks: tensor "
+            "parallelism was not applied, or before the model was ready for it. In the factory: "
+            "create the model, replace its attention, apply TP, convert its dtype"
+        )
+
+
+def _digest(parameter: torch.Tensor) -> torch.Tensor:
+    """Two numbers that shards of one tensor do not share: its size, and a weighted sum."""
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    flat = local.detach().flatten()
+    places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLES, device=flat.device).long()
+    weights = torch.arange(1, _SAMPLES + 1, device=flat.device, dtype=torch.float64)
+    total = (flat[places].double() * weights).sum() if flat.numel() else flat.sum().double()
+    return torch.stack([total, torch.full_like(total, flat.numel())])

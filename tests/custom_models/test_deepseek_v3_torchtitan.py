@@ -213,7 +213,8 @@ def test_importing_it_is_light_and_initializes_no_cuda():
     assert python(code).stdout.strip() == "[] False"
 
 
-def test_tensor_parallelism_is_refused():
-    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 2)
-    with pytest.raises(ValueError, match=f"{ARCH}: tensor_parallel_size=2 is not supported"):
+def test_heads_that_the_ranks_cannot_share_are_refused_by_name():
+    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 3)
+    text = "layers.0.attention: num_heads=4 cannot be divided among tensor_parallel_size=3"
+    with pytest.raises(ValueError, match=text):
         build_deepseek_v3_torchtitan(vllm_config(config()), context)

@@ -105,7 +105,8 @@ def test_fields_it_cannot_honour_are_refused_by_name(overrides, text):
         refuse_unsupported(config(**overrides))
 
 
-def test_tensor_parallelism_is_refused():
-    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 2)
-    with pytest.raises(ValueError, match=f"{ARCH}: tensor_parallel_size=2 is not supported"):
+def test_heads_that_the_ranks_cannot_share_are_refused_by_name():
+    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 3)
+    text = "layers.0.attention.inner_attention: num_heads=4 cannot be divided among tensor_parallel_size=3"
+    with pytest.raises(ValueError, match=text):
         build_qwen3_torchtitan(vllm_config(config()), context)

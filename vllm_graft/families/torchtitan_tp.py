@@ -63,6 +63,7 @@ class TitanParallel:
 
 
 def _parallelize(model: Any, tp_size: int) -> Any:
+    shard_attention(model, tp_size)
     _use_this_device()
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.spmd_types import set_current_spmd_mesh, set_spmd_meshes
@@ -75,7 +76,6 @@ def _parallelize(model: Any, tp_size: int) -> Any:
     dims.build_mesh()
     mesh = dims.spmd_dense_mesh()
     set_spmd_meshes(dense_mesh=mesh, sparse_mesh=None)
-    shard_attention(model, tp_size)
     # TorchTitan wraps each forward, so the exact ones must be in place before.
     make_exact(model)
     tied = tied_names(model)

@@ -66,9 +66,10 @@ def rows_of(tensor: torch.Tensor) -> int:
 def whole(tensor: Any) -> torch.Tensor:
     """The whole tensor, detached, from the shares of all ranks; every rank must call this."""
     if isinstance(tensor, DTensor):
-        full: torch.Tensor = tensor.full_tensor()
-        return full.detach()
-    shard, local = shard_of(tensor), tensor.detach()
+        full: torch.Tensor = tensor.detach().full_tensor()
+        return full
+    shard = shard_of(tensor)
+    local: torch.Tensor = tensor.detach()
     if shard is None:
         return local
     parts = [torch.empty_like(local) for _ in range(shard.count)]

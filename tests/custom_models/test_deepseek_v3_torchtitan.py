@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from examples.custom_models.deepseek_v3_torchtitan import (
-    ARCH,
     DeepSeekV3TorchTitanForCausalLM,
     build_deepseek_v3_torchtitan,
 )

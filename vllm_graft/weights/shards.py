@@ -7,7 +7,7 @@ default, Megatron) is noted on the tensor, where loading and export find it.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -66,8 +66,8 @@ def rows_of(tensor: torch.Tensor) -> int:
 def whole(tensor: Any) -> torch.Tensor:
     """The whole tensor, detached, from the shares of all ranks; every rank must call this."""
     if isinstance(tensor, DTensor):
-        full: torch.Tensor = tensor.detach().full_tensor()
-        return full
+        full: Any = tensor.full_tensor()
+        return cast("torch.Tensor", full.detach())
     shard = shard_of(tensor)
     local: torch.Tensor = tensor.detach()
     if shard is None:

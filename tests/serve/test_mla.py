@@ -185,12 +185,12 @@ def test_the_cache_holds_one_latent_vector_per_token_and_layer(sizes, tmp_path):
     [
         (REAL | {"kv_lora_rank": 640}, {}, "kv_lora_rank=640, qk_rope_head_dim=64: .* at the most"),
         (SMALL, {"additional_config": {"vllm_graft_exact": False}}, "or exact serving, which pads"),
+        (REAL, {"additional_config": {"vllm_graft_exact": False}}, "model_type='qwen3': .*exactly"),
+        (REAL, {"kv_cache_dtype": "fp8"}, "kv_cache_dtype='fp8': .*leave it at 'auto'"),
     ],
-    ids=["too wide", "fast"],
+    ids=["too wide", "fast", "not MLA to vLLM", "fp8 cache"],
 )
-def test_sizes_that_cannot_be_served_are_named_before_the_engine_starts(
-    sizes, options, text, tmp_path
-):
+def test_what_cannot_be_served_is_named_before_the_engine_starts(sizes, options, text, tmp_path):
     vllm_graft.register(ARCH, HandWritten)
     with pytest.raises(ValueError, match=f"layers.0.attention: .*{text}"):
         engine(checkpoint(tmp_path, sizes), ARCH, **options).__enter__()

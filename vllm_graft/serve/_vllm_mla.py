@@ -66,6 +66,7 @@ def paged_latent_layer(
     on_cpu = bool(current_platform.is_cpu())
     if on_cpu:
         _check_sizes(block, exact)
+        _check_cpu_config(vllm_config, exact)
     layer: nn.Module = (_exact_layer() if on_cpu and exact else _stock_layer())(
         num_heads=block.wkv_b.weight.shape[0] // (c.qk_nope_head_dim + c.v_head_dim),
         scale=block.spec.scale,
@@ -96,6 +97,21 @@ def _check_sizes(block: TrainableMLA, exact: bool) -> None:
         f"kv_lora_rank={sizes[0]}, qk_rope_head_dim={sizes[1]}: vLLM's CPU MLA kernel takes "
         f"{most[0]} and {most[1]}{' at the most' if exact else ''}{fix}"
     )
+
+
+def _check_cpu_config(vllm_config: Any, exact: bool) -> None:
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype != "auto":
+        raise ValueError(
+            f"kv_cache_dtype={cache_dtype!r}: vLLM's CPU MLA kernel reads the model's dtype only; "
+            "leave it at 'auto'"
+        )
+    if not exact and not vllm_config.model_config.use_mla:
+        model_type = vllm_config.model_config.hf_text_config.model_type
+        raise ValueError(
+            f"model_type={model_type!r}: vLLM's own MLA path runs only configs that vLLM takes for "
+            "MLA (deepseek_v3 and its kin); serve it exactly, the default"
+        )
 
 
 def _cpu_backend(exact: bool) -> Any:

@@ -35,7 +35,8 @@ def _digest(parameter: torch.Tensor) -> torch.Tensor:
     """Two numbers that shards of one tensor do not share: its size, and a weighted sum."""
     local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
     flat = local.detach().flatten()
-    places = torch.linspace(0, max(flat.numel() - 1, 0), _SAMPLES, device=flat.device).long()
-    weights = torch.arange(1, _SAMPLES + 1, device=flat.device, dtype=torch.float64)
-    total = (flat[places].double() * weights).sum() if flat.numel() else flat.sum().double()
+    # vLLM's default dtype while it loads may be bfloat16.
+    steps = torch.arange(_SAMPLES, device=flat.device, dtype=torch.float64)
+    places = (steps * (max(flat.numel() - 1, 0) / (_SAMPLES - 1))).round().long()
+    total = (flat[places].double() * (steps + 1)).sum() if flat.numel() else flat.sum().double()
     return torch.stack([total, torch.full_like(total, flat.numel())])

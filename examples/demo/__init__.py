@@ -1,1 +1,1 @@
-"""`make demo`: small TorchTitan models, served in vLLM and trained, and checks that the two agree."""
+"""`make demo`: small TorchTitan models in vLLM, trained and served; checks that the two agree."""

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--quick", action="store_true", help="few training steps, same checks")
     parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="folder for checkpoints"
+        "--output", type=Path, default=Path("runs/demo"), help="checkpoint folder"
     )
     return parser.parse_args()
 

@@ -48,9 +48,7 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m examples.demo", description=(__doc__ or "").splitlines()[0]
     )
     parser.add_argument("--quick", action="store_true", help="few training steps, same checks")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/demo"), help="checkpoint folder"
-    )
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="checkpoint folder")
     return parser.parse_args()
 
 

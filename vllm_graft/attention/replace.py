@@ -82,6 +82,7 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
     if not planned:
         raise ValueError(f"{type(model).__name__}.layers is empty: no attention was swapped")
     _check_count(model, len(planned))
+    megatron.check(model)
     # Nothing was touched so far: a refusal leaves the model as it was.
     for entry in planned:
         entry.apply()

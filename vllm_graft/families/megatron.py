@@ -18,7 +18,7 @@ from torch import nn
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.flash import token_positions
 from vllm_graft.families import megatron_layers
-from vllm_graft.families.megatron_rope import PositionRotary, table_of
+from vllm_graft.families.megatron_rope import PositionRotary, check_rotary, table_of
 from vllm_graft.families.swap import Swap, swap_of
 
 KIND = "core_attention"
@@ -158,6 +158,19 @@ def plan(attention: Any) -> Swap:
         pg_collection=attention.pg_collection,
     )
     return swap_of(KIND, core, apply=partial(setattr, attention, "core_attention", core))
+
+
+def check(model: Any) -> None:
+    """Refuse a model whose positions `adopt` could not take over.
+
+    Raises:
+        ValueError: naming the class of its rotary module.
+    """
+    layers = getattr(getattr(model, "decoder", None), "layers", ())
+    seams = any(matches(getattr(layer, "self_attention", layer)) for layer in layers)
+    rotary = getattr(model, "rotary_pos_emb", None)
+    if seams and rotary is not None:
+        check_rotary(rotary)
 
 
 def adopt(model: Any) -> None:

@@ -19,7 +19,7 @@ help: ## List the commands
 
 install: $(STAMP) ## Make .venv with the locked packages and this project
 
-demo: $(STAMP) ## Train a small model, serve it in vLLM, check that the two agree
+demo: $(STAMP) ## Serve small models in vLLM, train them, check that the two agree
 	$(BIN)/python -m examples.demo
 
 test: lint ## Lint, types and the fast tests

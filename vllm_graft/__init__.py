@@ -28,6 +28,7 @@ _HOME = {
     "export_weights": "vllm_graft.weights.export",
     "LoadReport": "vllm_graft.weights.account",
     "RowOrder": "vllm_graft.weights.rows",
+    "Rows": "vllm_graft.weights.rows",
     "interleave_rope_rows": "vllm_graft.weights.rows",
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
@@ -71,4 +72,5 @@ if TYPE_CHECKING:
     from vllm_graft.weights.export import export_weights as export_weights
     from vllm_graft.weights.load import load_external_weights as load_external_weights
     from vllm_graft.weights.rows import RowOrder as RowOrder
+    from vllm_graft.weights.rows import Rows as Rows
     from vllm_graft.weights.rows import interleave_rope_rows as interleave_rope_rows

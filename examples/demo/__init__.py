@@ -1,1 +1,1 @@
-"""`make demo`: train a small TorchTitan model, serve it in vLLM, check that the two agree."""
+"""`make demo`: small TorchTitan models in vLLM, trained and served; checks that the two agree."""

@@ -1,11 +1,14 @@
 """Train TorchTitan's Qwen3 on this machine, serve it in stock vLLM, prove they agree.
 
+Then the same proof for TorchTitan's DeepSeek V3 with random weights: latent
+attention from vLLM's latent cache, experts in groups.
+
 As a script::
 
     python -m examples.demo            # two to three minutes on two cores
     python -m examples.demo --quick    # a few training steps, the same checks
 
-Exits with 1 if a check fails. The checkpoint stays in `--output`.
+Exits with 1 if a check fails. The checkpoints stay in `--output`.
 """
 
 from __future__ import annotations

@@ -9,15 +9,16 @@ from typing import Any
 import torch
 from rich.table import Table
 
-from examples.custom_models.qwen3_torchtitan import ARCH
 from examples.demo.engines import (
     Completion,
+    cached_bytes_per_token,
     complete,
-    engine,
     live_module,
+    native_engine,
     step_live_module,
     trained_log_probs,
 )
+from examples.demo.ports import Port
 from examples.demo.text import Corpus
 
 NUM_PROMPTS, NEW_TOKENS = 16, 64
@@ -40,19 +41,21 @@ def draw_prompts(tokens: torch.Tensor, count: int) -> list[list[int]]:
     return [tokens[i * stride : i * stride + 4 + 3 * i].tolist() for i in range(count)]
 
 
-def native_completions(checkpoint: Path, prompts: list[list[int]]) -> list[Completion]:
-    """Completions by vLLM's own Qwen3."""
-    with engine(checkpoint) as llm:
+def native_completions(checkpoint: Path, port: Port, prompts: list[list[int]]) -> list[Completion]:
+    """Completions by vLLM's own model."""
+    with native_engine(checkpoint, port) as llm:
         return complete(llm, prompts, NEW_TOKENS)
 
 
-def check_live_engine(llm: Any, corpus: Corpus, native: list[Completion]) -> list[Check]:
-    """All checks, on an engine that serves the TorchTitan model."""
+def check_live_engine(
+    llm: Any, port: Port, corpus: Corpus, native: list[Completion]
+) -> list[Check]:
+    """The checks of every model, on an engine that serves TorchTitan's."""
     prompts = [completion.prompt for completion in native]
     served = complete(llm, prompts, NEW_TOKENS)
     module = live_module(llm)
     checks = [
-        same_tokens(served, native),
+        same_tokens(served, native, port.title),
         near_log_probs(served, native),
         equal_to_training(module, served, "engine log-probs = training forward, bit for bit"),
     ]
@@ -67,11 +70,11 @@ def check_live_engine(llm: Any, corpus: Corpus, native: list[Completion]) -> lis
     ]
 
 
-def same_tokens(served: list[Completion], native: list[Completion]) -> Check:
-    """Greedy tokens are those of vLLM's own Qwen3."""
+def same_tokens(served: list[Completion], native: list[Completion], title: str) -> Check:
+    """Greedy tokens are those of vLLM's own model."""
     equal, total = count_equal([c.tokens for c in served], [c.tokens for c in native])
     return Check(
-        claim="greedy tokens = vLLM's own Qwen3",
+        claim=f"greedy tokens = vLLM's own {title}",
         measured=f"{equal:,} of {total:,} tokens equal",
         passed=equal == total,
     )
@@ -115,15 +118,32 @@ def step_is_visible(before: list[Completion], after: list[Completion]) -> Check:
     )
 
 
+def latent_cache(llm: Any, config: Any) -> Check:
+    """The engine caches latent vectors, not the keys and values of every head."""
+    key_dim = config.qk_nope_head_dim + config.qk_rope_head_dim
+    expanded = config.num_attention_heads * (key_dim + config.v_head_dim)
+    latent = config.kv_lora_rank + config.qk_rope_head_dim
+    float32_layers = 4 * config.num_hidden_layers
+    measured = cached_bytes_per_token(llm)
+    return Check(
+        claim=f"KV cache: {latent} numbers per token and layer",
+        measured=f"{measured:,} bytes per token; expanded it would be "
+        f"{expanded * float32_layers:,}",
+        passed=measured == latent * float32_layers,
+    )
+
+
 def count_equal(left: list[list[Any]], right: list[list[Any]]) -> tuple[int, int]:
     """Equal entries, and all entries."""
     pairs = [pair for a, b in zip(left, right, strict=True) for pair in zip(a, b, strict=True)]
     return sum(a == b for a, b in pairs), len(pairs)
 
 
-def check_table(checks: list[Check]) -> Table:
+def check_table(port: Port, checks: list[Check]) -> Table:
     """The checks as a table."""
-    table = Table(title=f"{ARCH} in vLLM, {NUM_PROMPTS} prompts x {NEW_TOKENS} tokens, float32")
+    table = Table(
+        title=f"{port.arch} in vLLM, {NUM_PROMPTS} prompts x {NEW_TOKENS} tokens, float32"
+    )
     for heading in ("check", "measured", ""):
         table.add_column(heading)
     for check in checks:

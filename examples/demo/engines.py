@@ -14,8 +14,7 @@ import torch
 from vllm import LLM, SamplingParams
 
 import vllm_graft
-from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
-from examples.demo.train import MAX_LENGTH
+from examples.demo.ports import MAX_LENGTH, Port
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,17 +28,30 @@ class Completion:
 
 
 @contextmanager
-def engine(checkpoint: Path, arch: str | None = None) -> Iterator[Any]:
-    """A float32 engine in this process, with vLLM's own model or that of `arch`."""
-    vllm_graft.register(ARCH, build_qwen3_torchtitan)
+def native_engine(checkpoint: Path, port: Port) -> Iterator[Any]:
+    """A float32 engine in this process with vLLM's own model."""
+    with _engine(checkpoint, **port.native_options) as llm:
+        yield llm
+
+
+@contextmanager
+def graft_engine(checkpoint: Path, port: Port) -> Iterator[Any]:
+    """The same with TorchTitan's model."""
+    vllm_graft.register(port.arch, port.factory)
+    with _engine(checkpoint, hf_overrides={"architectures": [port.arch]}) as llm:
+        yield llm
+
+
+@contextmanager
+def _engine(checkpoint: Path, **options: Any) -> Iterator[Any]:
     llm = LLM(
         str(checkpoint),
-        hf_overrides={"architectures": [arch]} if arch else {},
         dtype="float32",
         enforce_eager=True,
         max_model_len=MAX_LENGTH,
         seed=0,
         use_tqdm_on_load=False,
+        **options,
     )
     try:
         yield llm
@@ -47,6 +59,14 @@ def engine(checkpoint: Path, arch: str | None = None) -> Iterator[Any]:
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def cached_bytes_per_token(llm: Any) -> int:
+    """Bytes that the engine's KV cache has for each token it can hold, all layers together."""
+    cache = llm.llm_engine.engine_core.engine_core.scheduler.kv_cache_config
+    [group] = cache.kv_cache_groups
+    tokens = cache.num_blocks * group.kv_cache_spec.block_size
+    return sum(int(tensor.size) for tensor in cache.kv_cache_tensors) // int(tokens)
 
 
 def complete(llm: Any, prompts: list[list[int]], max_tokens: int) -> list[Completion]:

@@ -11,30 +11,11 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers import Qwen3Config
 
 from examples.custom_models.qwen3_torchtitan import qwen3_config
-from examples.demo.text import VOCAB_SIZE, Corpus
+from examples.demo.ports import MAX_LENGTH, QWEN3
+from examples.demo.text import Corpus
 from vllm_graft import replace_with_trainable_attention
-
-MAX_LENGTH = 512
-
-QWEN3 = Qwen3Config(
-    architectures=["Qwen3ForCausalLM"],
-    vocab_size=VOCAB_SIZE,
-    hidden_size=256,
-    intermediate_size=768,
-    num_hidden_layers=6,
-    num_attention_heads=8,
-    num_key_value_heads=4,
-    head_dim=32,
-    max_position_embeddings=MAX_LENGTH,
-    tie_word_embeddings=True,
-    initializer_range=0.04,
-    bos_token_id=None,
-    eos_token_id=0,
-    dtype="float32",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +38,7 @@ class Schedule:
 
 def build_model() -> Any:
     """TorchTitan's model with its seam swapped, float32, freshly initialized."""
-    model: Any = qwen3_config(QWEN3, MAX_LENGTH).build()
+    model: Any = qwen3_config(QWEN3.hf_config, MAX_LENGTH).build()
     model.init_weights()
     replace_with_trainable_attention(model)
     return model

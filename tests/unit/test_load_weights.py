@@ -150,7 +150,7 @@ def test_bad_input_is_refused_with_names_and_shapes(tensors, mapping, text):
 def test_a_dict_and_a_list_target_are_explained():
     with pytest.raises(TypeError, match=r"pass state_dict.items\(\)"):
         load_external_weights(Model(1), checkpoint(1), MAPPING)
-    with pytest.raises(WeightError, match="expected one model name, a RowOrder or None"):
+    with pytest.raises(WeightError, match="expected one model name, a RowOrder, Rows or None"):
         load_external_weights(Model(1), [], {"a": ["b", "c"]})
 
 

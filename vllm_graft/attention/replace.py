@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_graft.families import plain, torchtitan, torchtitan_mla, torchtitan_moe
+from vllm_graft.families import megatron, plain, torchtitan, torchtitan_mla, torchtitan_moe
 from vllm_graft.families.swap import Swap
 from vllm_graft.precision import keep_table_precision
 
@@ -18,7 +18,7 @@ logger = logging.getLogger("vllm_graft")
 _ATTENTION_NAMES = ("attention", "self_attn", "self_attention", "attn")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
-FAMILIES = (torchtitan_mla, torchtitan, plain)
+FAMILIES = (torchtitan_mla, torchtitan, megatron, plain)
 """Tried in order. Each has `matches(attention) -> bool` and `plan(attention) -> Swap`."""
 
 
@@ -28,7 +28,8 @@ class LayerSwap:
 
     name: str
     kind: str
-    """`"inner_attention"` (the seam), `"block"` (old projections adopted) or `"mla"` (latent)."""
+    """`"inner_attention"` or `"core_attention"` (the seam of TorchTitan or Megatron), `"block"`
+    (old projections adopted) or `"mla"` (latent)."""
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -54,15 +55,16 @@ class SwapReport:
 def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) -> SwapReport:
     """Swap the attention of every layer for one that vLLM serves and autograd trains.
 
-    Parameter names stay as they were. TorchTitan models keep their own
-    projections, norms and RoPE (only `inner_attention` changes, or for latent
-    attention the block's forward, see `TrainableMLA`); blocks with `wq`, `wk`,
+    Parameter names stay as they were. TorchTitan and Megatron models keep their own
+    projections, norms and RoPE tables (only `inner_attention` or `core_attention` changes,
+    or for latent attention the block's forward, see `TrainableMLA`); blocks with `wq`, `wk`,
     `wv`, `wo` are swapped whole and keep those modules. RoPE tables
     and router biases keep their precision through a later `.to(dtype)`. A
     second call changes nothing, and neither does a call that raises.
 
     Args:
-        model: has `layers`, a ModuleDict, ModuleList, list or dict.
+        model: has `layers`, a ModuleDict, ModuleList, list or dict; or Megatron's
+            `GPTModel`, whose `decoder` has them.
         use_mla: whether the model has latent (MLA) attention.
 
     Returns:
@@ -80,10 +82,12 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
     if not planned:
         raise ValueError(f"{type(model).__name__}.layers is empty: no attention was swapped")
     _check_count(model, len(planned))
+    megatron.check(model)
     # Nothing was touched so far: a refusal leaves the model as it was.
     for entry in planned:
         entry.apply()
     torchtitan_moe.correct_feed_forward(model)
+    megatron.adopt(model)
     keep_table_precision(model, torchtitan.rope_tables(model))
     return SwapReport(
         layers=tuple(entry.describe() for entry in planned),
@@ -93,6 +97,9 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     layers: Any = getattr(model, "layers", None)
+    if layers is None and hasattr(getattr(model, "decoder", None), "layers"):
+        found = _layers(model.decoder)  # type: ignore[arg-type]
+        return ((f"decoder.{name}", layer) for name, layer in found)
     if layers is None:
         raise AttributeError(
             f"{type(model).__name__} has no `layers` (its children: {_children(model)}); pass the "
@@ -119,8 +126,9 @@ class _Planned:
         family = next((f for f in FAMILIES if f.matches(attention)), None)
         if family is None:
             raise ValueError(
-                f"{where}: {type(attention).__name__} has neither the seam `inner_attention` nor "
-                f"the projections wq, wk, wv, wo (its children: {_children(attention)})"
+                f"{where}: {type(attention).__name__} has neither a seam (`inner_attention`, "
+                "`core_attention`) nor the projections wq, wk, wv, wo (its children: "
+                f"{_children(attention)})"
             )
         try:
             swap = family.plan(attention)

@@ -230,6 +230,8 @@ def model_digest(arch: str, model: nn.Module) -> str:
         plain = {k: v for k, v in vars(module).items() if k not in _TORCH_STATE}
         digest.update(f"{name}|{type(module).__qualname__}|{_constants(plain, 3)}".encode())
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            continue  # extra state, as Megatron's layers have
         digest.update(f"{name}|{tuple(tensor.shape)}|{tensor.dtype}".encode())
     return digest.hexdigest()
 

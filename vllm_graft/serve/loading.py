@@ -15,6 +15,7 @@ from torch import nn
 
 from vllm_graft.weights.account import Missing
 from vllm_graft.weights.load import Load, WeightError
+from vllm_graft.weights.rows import Part
 from vllm_graft.weights.sentinel import Sentinels
 from vllm_graft.weights.shards import rows_of
 from vllm_graft.weights.slots import slots, tensor_in, tied_names
@@ -134,7 +135,7 @@ class Loading:
                 gaps += self._load.account.gaps(name, rows_of(tensor), rows)
         return gaps
 
-    def _rows(self, name: str) -> set[int | None]:
+    def _rows(self, name: str) -> set[Part]:
         return self._load.account.rows(name) | _rows_written(self._tensors[name])
 
     def _untouched(self, name: str, unwritten: dict[str, str]) -> bool:
@@ -163,7 +164,7 @@ class Loading:
         return "\n".join(lines) or None
 
 
-def _rows_written(tensor: torch.Tensor) -> set[int | None]:
+def _rows_written(tensor: torch.Tensor) -> set[Part]:
     """What `write` noted for a tensor; nothing where a loader of its own writes."""
-    rows: set[int | None] = getattr(tensor, "rows_written", set())
+    rows: set[Part] = getattr(tensor, "rows_written", set())
     return rows

@@ -28,6 +28,7 @@ BUILT_IN = {
     "DeepSeekV3TorchTitan": (
         "vllm_graft.examples.deepseek_v3_torchtitan:build_deepseek_v3_torchtitan"
     ),
+    "MegatronModel": "vllm_graft.examples.megatron_gpt:build_megatron_model",
 }
 """Architectures that `--arch NAME` knows without registration."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from vllm_graft.weights.errors import nearest
 from vllm_graft.weights.mapping import Entry, NameMap, label
+from vllm_graft.weights.rows import Part, rows_in
 from vllm_graft.weights.slots import Slot
 
 _SHOWN = 40
@@ -18,7 +19,7 @@ class LoadReport:
     """Where every checkpoint tensor and every model parameter ended up."""
 
     loaded: dict[str, str] = field(default_factory=dict)
-    """Checkpoint name to what it was written to: a parameter, or a row of one (`w[3]`)."""
+    """Checkpoint name to what it was written to: a parameter, or rows of one (`w[3]`)."""
     skipped: list[str] = field(default_factory=list)
     """Checkpoint names that the mapping does not name."""
     dropped: list[str] = field(default_factory=list)
@@ -41,10 +42,10 @@ class LoadReport:
 
 @dataclass(frozen=True)
 class Missing:
-    """A tensor, or one row of it, without a value."""
+    """A tensor, or a part of it, without a value."""
 
     name: str
-    row: int | None = None
+    row: Part = None
     hint: str = ""
     """What the mapping says it would come from, and how much of it came."""
 
@@ -63,11 +64,11 @@ class _Tensor:
     names: NameMap
     required: bool
     """A parameter: it must get a value, whether the mapping names it or not."""
-    sources: dict[int | None, tuple[str, str]] = field(default_factory=dict)
-    """By row (None: all of it): the checkpoint name, and the target as the mapping named it."""
+    sources: dict[Part, tuple[str, str]] = field(default_factory=dict)
+    """By part (None: all of it): the checkpoint name, and the target as the mapping named it."""
 
-    def entries(self) -> dict[int | None, list[Entry]]:
-        """The entries of the mapping that fill it, by row."""
+    def entries(self) -> dict[Part, list[Entry]]:
+        """The entries of the mapping that fill it, by part."""
         return self.names.sources_of(self.local, self.size)
 
 
@@ -95,19 +96,24 @@ class Account:
             known.local, known.names = local, names
         known.required |= required
 
-    def earlier(self, name: str, row: int | None) -> tuple[str, str] | None:
-        """What was already written to this row, or to any row: checkpoint name and target."""
+    def earlier(self, name: str, row: Part) -> tuple[str, str] | None:
+        """What was already written to any of these rows: checkpoint name and target."""
         sources = self._tensors[name].sources
         if row is None:
             return next(iter(sources.values()), None)
-        return sources.get(row) or sources.get(None)
+        known = sources.get(row) or sources.get(None)
+        if known is not None or not any(isinstance(part, tuple) for part in (row, *sources)):
+            return known
+        rows = rows_in([row])
+        shared = (part for part in sources if not rows.isdisjoint(rows_in([part])))
+        return next((sources[part] for part in shared), None)
 
-    def note(self, name: str, row: int | None, source: str, target: str) -> None:
+    def note(self, name: str, row: Part, source: str, target: str) -> None:
         """Note that checkpoint tensor `source` was written to this row."""
         self._tensors[name].sources[row] = (source, target)
 
-    def rows(self, name: str) -> set[int | None]:
-        """The rows written of a tensor; None stands for all of it."""
+    def rows(self, name: str) -> set[Part]:
+        """The parts written of a tensor; None stands for all of it."""
         return set(self._tensors[name].sources) if name in self._tensors else set()
 
     def maps(self, name: str) -> bool:
@@ -123,19 +129,25 @@ class Account:
             for gap in self.gaps(name, tensor.size, set(tensor.sources))
         ]
 
-    def gaps(self, name: str, size: int, written: set[int | None]) -> list[Missing]:
+    def gaps(self, name: str, size: int, written: set[Part]) -> list[Missing]:
         """What is missing of a tensor of `size` rows of which `written` are there."""
-        if None in written:
+        there = rows_in(written)
+        if None in written or len(there) == size > 0:
             return []
-        came = f"{len(written)} of {size} rows came; " if written else ""
-        rows: Iterable[int | None] = range(size) if written else [None]
         sources = self._sources_of(name)
+        if not written:
+            return [Missing(name, None, _expected(sources, None))]
+        came = f"{len(there)} of {size} rows came; "
+        planned = [part for part in sources or () if part is not None]
+        others = set(range(size)) - rows_in(planned)
         return [
-            Missing(name, row, _expected(sources, row) + came) for row in rows if row not in written
+            Missing(name, part, _expected(sources, part) + came)
+            for part in (*planned, *sorted(others))
+            if not rows_in([part]) <= there
         ]
 
-    def _sources_of(self, name: str) -> dict[int | None, str] | None:
-        """The checkpoint names of the rows; None for what `load_external_weights` never saw."""
+    def _sources_of(self, name: str) -> dict[Part, str] | None:
+        """The checkpoint names of the parts; None for what `load_external_weights` never saw."""
         if name not in self._tensors:
             return None
         tensor = self._tensors[name]
@@ -143,7 +155,7 @@ class Account:
         return {row: first.source_of(tensor.local, row) for row, (first, *_) in entries}
 
 
-def _expected(sources: dict[int | None, str] | None, row: int | None) -> str:
+def _expected(sources: dict[Part, str] | None, row: Part) -> str:
     if sources is None:
         return ""
     if not sources:

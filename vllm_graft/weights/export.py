@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.mapping import Entry, NameMap, NameMapping, Place, label
+from vllm_graft.weights.rows import Part, part_of, rows_in
 from vllm_graft.weights.shards import rows_of, whole
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 
@@ -26,7 +27,7 @@ def export_weights(
 
     Returns:
         `(checkpoint name, tensor)`, one at a time: every parameter, and the buffers that the
-        mapping names. Stacks come row by row, `RowOrder` is undone, dropped names are
+        mapping names. Stacks come row by row, `Rows` apart, `RowOrder` is undone, dropped names are
         absent. A tied parameter comes once, under the name that stands first in the
         mapping. Tensors keep the model's dtype and device and are detached; without
         a `RowOrder` or DTensor they share the model's memory.
@@ -46,13 +47,13 @@ class _Plan:
     """How one tensor of the model leaves it."""
 
     slot: Slot
-    pieces: dict[int | None, tuple[str, Entry]]
-    """By row (None: all of it): the checkpoint name, and the entry that it follows."""
+    pieces: dict[Part, tuple[str, Entry]]
+    """By part (None: all of it): the checkpoint name, and the entry that it follows."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         full = whole(tensor_in(self.slot))
         for row, (name, entry) in self.pieces.items():
-            piece = full if row is None else full[row]
+            piece = part_of(full, row)
             yield name, piece if entry.order is None else entry.order.undo(piece)
 
 
@@ -91,21 +92,23 @@ def _plan(known: dict[str, Slot], tied: list[str], names: NameMap) -> _Plan | No
     return _Plan(known[name], pieces)
 
 
-def _check(name: str, by_row: dict[int | None, list[Entry]], size: int) -> None:
+def _check(name: str, by_row: dict[Part, list[Entry]], size: int) -> None:
     """Every row is filled by one entry, or all of the tensor is."""
+    rows = rows_in(by_row)
+    twice = None not in by_row and len(rows) != sum(len(rows_in([part])) for part in by_row)
     for row, entries in by_row.items():
-        if len(entries) > 1 or (row is None and len(by_row) > 1):
+        if len(entries) > 1 or twice or (row is None and len(by_row) > 1):
             several = [e.source for found in by_row.values() for e in found]
             raise WeightError(
                 f"{label(name, row)!r}: name_mapping fills it from "
                 f"{' and '.join(map(repr, dict.fromkeys(several)))}, so it cannot be reversed; "
                 "keep one entry, or map the other name to None"
             )
-    absent = [] if None in by_row else [row for row in range(size) if row not in by_row]
+    absent = [] if None in by_row else [row for row in range(size) if row not in rows]
     if absent:
         raise WeightError(
             f"{label(name, absent[0])!r}: no entry of name_mapping names it, and {len(absent)} "
-            f"of {size} rows in all; map every row, with `[{{}}]`"
+            f"of {size} rows in all; map every row, with `[{{}}]` or `Rows`"
         )
 
 

@@ -13,6 +13,7 @@ from vllm_graft.weights.account import Account, LoadReport, Missing, missing_tex
 from vllm_graft.weights.errors import WeightError, nearest
 from vllm_graft.weights.fp8 import SUFFIX, Halves, dequantize, is_block_fp8
 from vllm_graft.weights.mapping import NameMap, NameMapping, Place
+from vllm_graft.weights.rows import Part, part_of
 from vllm_graft.weights.shards import rows_of, whole
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 from vllm_graft.weights.write import check, put, wide_float
@@ -105,8 +106,9 @@ def load_external_weights(
         name_mapping: checkpoint name to model name. Each `{}` stands for a
             number (layer, expert), several per name allowed. A target that ends in
             `[{}]` is a row of dim 0, one expert of a stack. `RowOrder` reorders
-            rows. None drops the tensor on purpose, and there the name may contain `*`
-            for any text. Entries are tried in order, after exact names.
+            rows, `Rows` fills some rows of a fused parameter. None drops the tensor
+            on purpose, and there the name may contain `*` for any text. Entries are tried
+            in order, after exact names.
         verbose: print the report.
 
     Returns:
@@ -214,10 +216,9 @@ class _Loader:
             )
 
 
-def _same(param: torch.Tensor, tensor: torch.Tensor, row: int | None) -> bool:
+def _same(param: torch.Tensor, tensor: torch.Tensor, row: Part) -> bool:
     """Whether a tied parameter already holds these values (unknown on meta: taken as yes)."""
     if param.is_meta:
         return True
-    full = whole(param)
-    held = full if row is None else full[row]
+    held = part_of(whole(param), row)
     return torch.equal(held, tensor.to(dtype=held.dtype, device=held.device))

@@ -9,9 +9,9 @@ from functools import cached_property
 from itertools import chain
 
 from vllm_graft.weights.errors import WeightError, nearest
-from vllm_graft.weights.rows import RowOrder
+from vllm_graft.weights.rows import Part, RowOrder, Rows
 
-NameMapping = Mapping[str, "str | RowOrder | None"]
+NameMapping = Mapping[str, "str | RowOrder | Rows | None"]
 """What users write: checkpoint name to model name, see `load_external_weights`."""
 
 _INDEXED = re.compile(r"(.+)\[(\{\}|\d+)\]")
@@ -23,16 +23,18 @@ class Place:
 
     target: str | None
     """A parameter or buffer; None: dropped on purpose."""
-    row: int | None = None
-    """The row of dim 0 that the tensor is; None: the tensor is all of it."""
+    row: Part = None
+    """The row or rows of dim 0 that the tensor is; None: the tensor is all of it."""
     order: RowOrder | None = None
 
     def __str__(self) -> str:
         return label(str(self.target), self.row)
 
 
-def label(name: str, row: int | None) -> str:
-    """A tensor, or one row of it, as the mapping writes it."""
+def label(name: str, row: Part) -> str:
+    """A tensor, or a part of it, as the mapping writes it."""
+    if isinstance(row, tuple):
+        return f"{name}[{len(row)} rows from {row[0]}]"
     return name if row is None else f"{name}[{row}]"
 
 
@@ -46,6 +48,8 @@ class Entry:
     index: str | None
     """What stands in brackets after the target: `{}`, digits or nothing."""
     order: RowOrder | None
+    part: tuple[int, ...] | None = None
+    """The rows of a `Rows`."""
 
     def place(self, name: str) -> Place | None:
         """Where the checkpoint tensor `name` goes; None: not by this entry."""
@@ -55,18 +59,22 @@ class Entry:
         if self.target is None:
             return Place(None)
         numbers = list(match.groups())
+        if self.part is not None:
+            return Place(_fill(self.target, numbers), self.part)
         row = numbers.pop() if self.index == "{}" else self.index
         return Place(_fill(self.target, numbers), None if row is None else int(row), self.order)
 
-    def rows(self, target: str, size: int) -> Sequence[int | None]:
-        """The rows of tensor `target` that this entry fills; [None]: all `size` at once."""
+    def rows(self, target: str, size: int) -> Sequence[Part]:
+        """The parts of tensor `target` that this entry fills; [None]: all `size` rows at once."""
         if self._numbers(target) is None:
             return []
+        if self.part is not None:
+            return [self.part]
         if self.index is None:
             return [None]
         return range(size) if self.index == "{}" else [int(self.index)]
 
-    def source_of(self, target: str, row: int | None) -> str:
+    def source_of(self, target: str, row: Part) -> str:
         """The checkpoint name of one of `rows(target, ...)`."""
         numbers = self._numbers(target) or []
         return _fill(self.source, [*numbers, str(row)] if self.index == "{}" else numbers)
@@ -102,9 +110,9 @@ class NameMap:
         places = (entry.place(name) for entry in self.entries for name in names)
         return next((place for place in chain(exact, places) if place is not None), None)
 
-    def sources_of(self, target: str, size: int) -> dict[int | None, list[Entry]]:
-        """The entries that fill a tensor of `size` rows, by row (None: all of it)."""
-        found: dict[int | None, list[Entry]] = {}
+    def sources_of(self, target: str, size: int) -> dict[Part, list[Entry]]:
+        """The entries that fill a tensor of `size` rows, by part (None: all of it)."""
+        found: dict[Part, list[Entry]] = {}
         for entry in self.entries:
             for row in entry.rows(target, size):
                 found.setdefault(row, []).append(entry)
@@ -126,12 +134,12 @@ class NameMap:
 
 
 def _entry(source: str, value: object) -> Entry:
-    target = value.target if isinstance(value, RowOrder) else value
+    target = value.target if isinstance(value, (RowOrder, Rows)) else value
     where = f"name_mapping {source!r} -> {target!r}"
     if target is None:
         return Entry(source, None, None, None)
     if not isinstance(target, str):
-        raise WeightError(f"{where}: expected one model name, a RowOrder or None")
+        raise WeightError(f"{where}: expected one model name, a RowOrder, Rows or None")
     if "*" in source:
         raise WeightError(f"{where}: `*` is for dropping only; map it to None, or use {{}}")
     if source.count("{}") != target.count("{}"):
@@ -141,6 +149,10 @@ def _entry(source: str, value: object) -> Entry:
         )
     indexed = _INDEXED.fullmatch(target)
     name, index = indexed.groups() if indexed else (target, None)
+    if isinstance(value, Rows):
+        if index is not None:
+            raise WeightError(f"{where}: Rows of one row [{index}]; name the parameter without it")
+        return Entry(source, name, None, None, tuple(value.rows))
     return Entry(source, name, index, value if isinstance(value, RowOrder) else None)
 
 

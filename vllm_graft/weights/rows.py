@@ -1,14 +1,62 @@
-"""`RowOrder`: a parameter whose rows stand in another order than the checkpoint's."""
+"""`RowOrder` and `Rows`: parameters whose rows are not simply those of one checkpoint tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
 from vllm_graft.weights.errors import WeightError
+
+Part = int | tuple[int, ...] | None
+"""Of a tensor's dim 0: one row, several in this order, or (None) all of it."""
+
+
+def rows_in(parts: Iterable[Part]) -> set[int]:
+    """The rows in several parts, of which none is None."""
+    found: set[int] = set()
+    for part in parts:
+        found.update(part if isinstance(part, tuple) else () if part is None else (part,))
+    return found
+
+
+def part_of(tensor: torch.Tensor, part: Part) -> torch.Tensor:
+    """A part of `tensor`: `[...]` without dim 0 for one row, `[rows, ...]` copied for several."""
+    if part is None:
+        return tensor
+    return tensor[list(part)] if isinstance(part, tuple) else tensor[part]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A value of `name_mapping`: the tensor is some rows (dim 0) of a fused parameter.
+
+    Several entries fill one parameter, each its own rows, as gate and up of a fused
+    product. Together they must fill all rows. Export takes them apart again.
+
+    Args:
+        target: model name, as any value of the mapping (`{}` included).
+        rows: different rows of the model, ints or a LongTensor:
+            `model_rows[rows] = checkpoint_rows`.
+
+    Raises:
+        WeightError: a row that stands in `rows` twice, or is negative, or none at all.
+    """
+
+    target: str
+    rows: Sequence[int] | torch.Tensor
+
+    def __post_init__(self) -> None:
+        listed = self.rows.tolist() if isinstance(self.rows, torch.Tensor) else self.rows
+        rows = tuple(int(row) for row in listed)
+        object.__setattr__(self, "rows", rows)
+        if not rows or min(rows) < 0 or len(set(rows)) != len(rows):
+            raise WeightError(
+                f"Rows of {self.target!r}: expected different rows from 0 on, got {len(rows)} of "
+                f"which {len(set(rows))} are different, the lowest {min(rows, default=None)}"
+            )
 
 
 @dataclass(frozen=True)

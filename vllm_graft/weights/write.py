@@ -1,4 +1,4 @@
-"""Writing one checkpoint tensor into a parameter, or into one row of it.
+"""Writing one checkpoint tensor into a parameter, or into rows of it.
 
 `write` has the signature of vLLM's weight loaders. A served model has it on its
 tensors as `weight_loader`, since vLLM's reload defers writes by wrapping exactly that;
@@ -14,30 +14,33 @@ import torch
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.rows import Part, rows_in
 from vllm_graft.weights.shards import Shard, cut, shard_of, whole_shape
 
 
 @torch.no_grad()
-def write(param: torch.Tensor, loaded_weight: torch.Tensor, row: int | None = None) -> None:
-    """Copy a full tensor into `param`, or into row `row` of its dim 0.
+def write(param: torch.Tensor, loaded_weight: torch.Tensor, row: Part = None) -> None:
+    """Copy a full tensor into `param`, or into a part of its dim 0.
 
     Args:
         param: `[...]`, plain or DTensor, whose shard is cut out here; values are
             converted to its dtype.
-        loaded_weight: `[...]` of the same shape, without dim 0 for a row.
-        row: index into dim 0 of the whole (unsharded) parameter.
+        loaded_weight: `[...]` of the same shape; without dim 0 for one row, and with
+            `len(row)` rows for several.
+        row: index or indices into dim 0 of the whole (unsharded) parameter.
     """
     noted = getattr(param, "rows_written", None)
     if noted is not None:
         noted.add(row)
+    _same_shape(loaded_weight, _shape(whole_shape(param), row))
     if isinstance(param, DTensor):
         _write_shard(param, loaded_weight, row)
     elif (shard := shard_of(param)) is not None:
         _write_share(param, loaded_weight, row, shard)
+    elif row is None:
+        param.copy_(loaded_weight)
     else:
-        place = param if row is None else param[row]
-        _same_shape(loaded_weight, place)
-        place.copy_(loaded_weight)
+        _put_rows(param, *_several(row, loaded_weight))
 
 
 def note_writes(tensor: Any) -> None:
@@ -51,22 +54,24 @@ def note_writes(tensor: Any) -> None:
         tensor.rows_written = set()
 
 
-def check(where: str, tensor: torch.Tensor, param: torch.Tensor, row: int | None) -> None:
-    """Raise if `tensor` cannot be (a row of) `param`.
+def check(where: str, tensor: torch.Tensor, param: torch.Tensor, row: Part) -> None:
+    """Raise if `tensor` cannot be (a part of) `param`.
 
     Raises:
         WeightError: a row out of range, another shape, or quantized values.
     """
     whole = whole_shape(param)
-    if row is not None and (param.dim() == 0 or row >= whole[0]):
+    last = max(rows_in([row]), default=-1)
+    if row is not None and (param.dim() == 0 or last >= whole[0]):
         raise WeightError(
-            f"{where}: row {row} means at least {row + 1} rows (experts), but the parameter is "
+            f"{where}: row {last} means at least {last + 1} rows (experts), but the parameter is "
             f"{tuple(whole)}; the model was built for another number"
         )
-    expected = whole if row is None else whole[1:]
+    expected = _shape(whole, row)
     if tensor.shape != expected and _is_ours(param):
         hint = " (transposed?)" if tensor.shape == expected[::-1] else ""
-        of = "" if row is None else f", row {row} of {tuple(whole)}"
+        which = f"{len(row)} rows" if isinstance(row, tuple) else f"row {row}"
+        of = "" if row is None else f", {which} of {tuple(whole)}"
         raise WeightError(
             f"{where}: shape {tuple(tensor.shape)} does not fit {tuple(expected)}{of}{hint}"
         )
@@ -83,7 +88,7 @@ def wide_float(param: torch.Tensor) -> bool:
     return param.is_floating_point() and param.element_size() > 1
 
 
-def put(where: str, tensor: torch.Tensor, param: Any, row: int | None) -> None:
+def put(where: str, tensor: torch.Tensor, param: Any, row: Part) -> None:
     """Write through the parameter's `weight_loader`, where it has one.
 
     Raises:
@@ -106,27 +111,47 @@ def _is_ours(param: torch.Tensor) -> bool:
     return inspect.unwrap(loader) is inspect.unwrap(write)
 
 
-def _same_shape(tensor: torch.Tensor, place: torch.Tensor) -> None:
+def _shape(whole: torch.Size, row: Part) -> torch.Size:
+    """The shape of a part of a tensor of shape `whole`."""
+    if row is None:
+        return whole
+    return torch.Size((len(row), *whole[1:])) if isinstance(row, tuple) else whole[1:]
+
+
+def _same_shape(tensor: torch.Tensor, expected: torch.Size) -> None:
     # copy_ would broadcast.
-    if tensor.shape != place.shape:
-        raise ValueError(f"expected shape {tuple(place.shape)}, got {tuple(tensor.shape)}")
+    if tensor.shape != expected:
+        raise ValueError(f"expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
-def _write_share(param: torch.Tensor, tensor: torch.Tensor, row: int | None, shard: Shard) -> None:
+def _several(row: Part, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row indices `[rows]` and their values `[rows, ...]`, one row being one of several."""
+    if isinstance(row, tuple):
+        return torch.tensor(row), tensor
+    return torch.tensor([row]), tensor[None]
+
+
+def _put_rows(local: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    local.index_copy_(0, rows.to(local.device), values.to(dtype=local.dtype, device=local.device))
+
+
+def _write_share(param: torch.Tensor, tensor: torch.Tensor, row: Part, shard: Shard) -> None:
     """Every rank has the whole tensor: each keeps its share, nothing is sent."""
     if row is None:
         param.copy_(cut(tensor, shard))
-    elif shard.dim != 0:
-        param[row].copy_(cut(tensor[None], shard)[0])
-    elif row // param.shape[0] == shard.rank:
-        param[row % param.shape[0]].copy_(tensor)
+        return
+    rows, values = _several(row, tensor)
+    if shard.dim != 0:
+        _put_rows(param, rows, cut(values, shard))
+        return
+    mine = rows // param.shape[0] == shard.rank
+    _put_rows(param, rows[mine] % param.shape[0], values[mine])
 
 
-def _write_shard(param: DTensor, tensor: torch.Tensor, row: int | None) -> None:
+def _write_shard(param: DTensor, tensor: torch.Tensor, row: Part) -> None:
     """Every rank has the whole tensor: each keeps its slice, nothing is sent."""
     tensor = tensor.to(dtype=param.dtype, device=param.device)
     if row is None:
-        _same_shape(tensor, param)
         sharded = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
         param.copy_(sharded)
         return
@@ -135,7 +160,7 @@ def _write_shard(param: DTensor, tensor: torch.Tensor, row: int | None) -> None:
     shape, offset = compute_local_shape_and_global_offset(
         param.shape, param.device_mesh, param.placements
     )
-    mine = row - offset[0]
-    if 0 <= mine < shape[0]:
-        here = [slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True)]
-        param.to_local()[mine].copy_(tensor[tuple(here)])
+    rows, values = _several(row, tensor)
+    mine = (rows >= offset[0]) & (rows < offset[0] + shape[0])
+    here = [slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True)]
+    _put_rows(param.to_local(), rows[mine] - offset[0], values[mine][(slice(None), *here)])

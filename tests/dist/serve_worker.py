@@ -1,0 +1,65 @@
+"""One rank: serve a checkpoint under tensor parallelism, train on what was generated.
+
+Run by torchrun: `serve_worker.py ARCH CHECKPOINT DTYPE RESULT`. With the external
+launcher every rank holds its live module shard, so serving and training meet here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+
+import torch
+import torch.distributed as dist
+
+import vllm_graft
+from tests.serve.test_exactness import count_equal
+from tests.support import engine, generate, live_module, prompts, sampled_logprobs
+from vllm_graft.serve.registry import BUILT_IN
+from vllm_graft.weights.shards import whole
+
+LENGTHS = (1, 2, 5, 17, 64, 130)
+
+
+def main() -> None:
+    """Write what this rank saw to RESULT.rank."""
+    arch, checkpoint, dtype, result = sys.argv[1:]
+    vllm_graft.register(arch, BUILT_IN[arch])
+    tokens = prompts(LENGTHS)
+    size = int(os.environ["WORLD_SIZE"])
+    with engine(
+        Path(checkpoint), arch, dtype=dtype, seed=0, tensor_parallel_size=size,
+        distributed_executor_backend="external_launcher",
+    ) as llm:  # fmt: skip
+        module = live_module(llm)
+        made = generate(llm, tokens, max_tokens=16)
+        equal = count_equal(module, tokens, made)
+        hidden = module(torch.arange(40)[None])
+        loss = module.compute_logits(hidden).float().log_softmax(-1)[..., 7].mean()
+        loss.backward()
+        grads = {name: gathered_gradient(p) for name, p in module.named_parameters()}
+        saved = {
+            "tokens": [list(c.token_ids) for c in made],
+            "logprobs": [sampled_logprobs(c) for c in made],
+            "equal": equal,
+            "shapes": {name: tuple(p.shape) for name, p in module.named_parameters()},
+            "loss": float(loss.detach()),
+            "grads": grads,
+        }
+        torch.save(saved, f"{result}.{dist.get_rank()}")
+
+
+def gathered_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of the whole parameter, on every rank."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    shard = getattr(parameter, "graft_shard", None)
+    if shard is not None:
+        grad.graft_shard = shard
+    return whole(grad)
+
+
+if __name__ == "__main__":
+    main()

@@ -129,7 +129,10 @@ def _exact_backend() -> Any:
         def __init__(self, kv_cache_spec: Any, layer_names: Any, config: Any, device: Any) -> None:
             super().__init__(kv_cache_spec, layer_names, config, device)
 
-        def build(self, common_prefix_len: int, common: Any, fast_build: bool = False) -> Any:
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
+            common = common_attn_metadata
             blocks = -(-int(common.seq_lens.max()) // _vllm_cpu.LATENT_BLOCK_SIZE)
             return LatentBatch.of(
                 common.query_start_loc, common.block_table_tensor[:, :blocks], common.seq_lens

@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from examples.custom_models.megatron_config import refuse_unsupported
+from examples.custom_models.megatron_gpt import gpt_model
 from tests.megatron_checkpoints import deepseek_checkpoint
 from tests.moe_checkpoints import YARN
 from tests.support import relative_error
@@ -92,16 +93,15 @@ def test_a_block_that_was_never_swapped_says_so():
         LatentSeam(k_channels=192)(None)
 
 
-def test_what_the_block_cannot_honour_is_refused(checkpoint):
-    model = build(checkpoint).model
-    fresh = model.decoder.layers[0].self_attention
-    kind, config = type(fresh), fresh.config
-    fresh.__class__ = kind.__mro__[2]
-    fresh.config = fresh.megatron_config
-    fresh.config.rotary_interleaved = True
-    with pytest.raises(ValueError, match=r"self_attention: .*rotary_interleaved=True"):
+@pytest.mark.parametrize("field", ["rotary_interleaved", "cache_mla_latents"])
+def test_what_the_block_cannot_honour_is_refused(checkpoint, field):
+    from transformers import AutoConfig
+
+    model = gpt_model(AutoConfig.from_pretrained(checkpoint), 64, torch.float32, None)
+    setattr(model.config, field, True)
+    with pytest.raises(ValueError, match=rf"layers.0.self_attention: .*{field}=True"):
         replace_with_trainable_attention(model, use_mla=True)
-    fresh.__class__, fresh.config = kind, config
+    assert isinstance(model.decoder.layers[0].self_attention.core_attention, LatentSeam)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.moe_checkpoints import deepseek_v3_checkpoint
 from tests.support import QWEN3_SIZES, spread_weights
 
 
@@ -29,3 +30,8 @@ def qwen2_checkpoint(folder: Path, **overrides: Any) -> Path:
     config = Qwen2Config(**(sizes | overrides))
     spread_weights(Qwen2ForCausalLM(config)).save_pretrained(folder)
     return folder
+
+
+def deepseek_checkpoint(folder: Path, **overrides: Any) -> Path:
+    """A small random DeepSeek V3 without experts, in Hugging Face format (float32)."""
+    return deepseek_v3_checkpoint(folder, first_k_dense_replace=3, **overrides)

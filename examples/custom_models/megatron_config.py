@@ -1,4 +1,4 @@
-"""A Hugging Face configuration of Llama, Qwen2 or Qwen3 in Megatron's words."""
+"""A Hugging Face configuration of Llama, Qwen2, Qwen3 or DeepSeek V3 in Megatron's words."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ import torch.nn.functional as F
 from vllm_graft.examples.refusals import refuse_fields
 
 _MODEL = "Megatron's GPTModel"
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = ("llama", "qwen2", "qwen3", "deepseek_v3")
+LATENT_NORM_EPS = 1e-6
+"""Of `q_a_layernorm` and `kv_a_layernorm`: DeepSeek's code does not take it from the config."""
+LATENT = "deepseek_v3"
+"""The one with latent attention."""
 _LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
@@ -20,15 +24,22 @@ _LLAMA3 = {
 
 
 def transformer_config(hf_config: Any, dtype: torch.dtype, tp_size: int) -> Any:
-    """Megatron's `TransformerConfig`.
+    """Megatron's `TransformerConfig`, or `MLATransformerConfig` for latent attention.
 
     Args:
         hf_config: of the checkpoint; `refuse_unsupported` has passed it.
         dtype: of the parameters.
         tp_size: tensor-parallel ranks.
     """
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
 
+    if hf_config.model_type == LATENT:
+        return MLATransformerConfig(
+            **_common_fields(hf_config, dtype, tp_size), **_latent_fields(hf_config)
+        )
     return TransformerConfig(
         **_common_fields(hf_config, dtype, tp_size),
         num_query_groups=hf_config.num_key_value_heads,
@@ -60,6 +71,31 @@ def _common_fields(hf_config: Any, dtype: torch.dtype, tp_size: int) -> dict[str
     }
 
 
+def _latent_fields(hf_config: Any) -> dict[str, Any]:
+    rope = hf_config.rope_parameters
+    fields = {
+        "qk_layernorm": True,
+        "q_lora_rank": hf_config.q_lora_rank,
+        "kv_lora_rank": hf_config.kv_lora_rank,
+        "qk_head_dim": hf_config.qk_nope_head_dim,
+        "qk_pos_emb_head_dim": hf_config.qk_rope_head_dim,
+        "v_head_dim": hf_config.v_head_dim,
+        "rotary_base": rope["rope_theta"],
+    }
+    if rope.get("rope_type", "default") == "default":
+        # The scaling factor of YaRN enters the softmax scale whatever the type.
+        return fields | {"rope_type": "rope", "rotary_scaling_factor": 1.0}
+    return fields | {
+        "rope_type": "yarn",
+        "rotary_scaling_factor": rope["factor"],
+        "original_max_position_embeddings": rope["original_max_position_embeddings"],
+        "beta_fast": rope.get("beta_fast") or 32.0,
+        "beta_slow": rope.get("beta_slow") or 1.0,
+        "mscale": rope.get("mscale") or 1.0,
+        "mscale_all_dim": rope.get("mscale_all_dim") or 0.0,
+    }
+
+
 def head_dim(hf_config: Any) -> int:
     """H, which not every configuration states."""
     stated = getattr(hf_config, "head_dim", None)
@@ -79,7 +115,9 @@ def _window_fields(hf_config: Any) -> dict[str, Any]:
 
 
 def rope_fields(hf_config: Any) -> dict[str, Any]:
-    """What `GPTModel` itself takes about positions."""
+    """What `GPTModel` itself takes about positions; latent attention has its own."""
+    if hf_config.model_type == LATENT:
+        return {"position_embedding_type": "rope"}
     rope = hf_config.rope_parameters
     fields = {"position_embedding_type": "rope", "rotary_base": rope["rope_theta"]}
     if rope.get("rope_type", "default") == "llama3":
@@ -96,6 +134,7 @@ def refuse_unsupported(hf_config: Any, tp_size: int) -> None:
     refuse_fields(_MODEL, ("model_type", hf_config.model_type, MODEL_TYPES))
     rope = hf_config.rope_parameters
     kind = rope.get("rope_type", "default")
+    latent = hf_config.model_type == LATENT
     scaled = _LLAMA3 if kind == "llama3" else {}
     refuse_fields(
         _MODEL,
@@ -109,11 +148,32 @@ def refuse_unsupported(hf_config: Any, tp_size: int) -> None:
             getattr(hf_config, "dual_chunk_attention_config", None),
             (None,),
         ),
-        ("rope_parameters.rope_type", kind, ("default", "llama3")),
+        ("rope_parameters.rope_type", kind, ("default", "yarn" if latent else "llama3")),
         ("rope_parameters.partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), (1.0,)),
         *((f"rope_parameters.{name}", rope.get(name), (value,)) for name, value in scaled.items()),
+        *(_latent_refusals(hf_config, kind, tp_size) if latent else ()),
     )
     _refuse_indivisible(hf_config, tp_size)
+
+
+def _latent_refusals(hf_config: Any, kind: str, tp_size: int) -> list[Any]:
+    rope, layers = hf_config.rope_parameters, hf_config.num_hidden_layers
+    dense = layers if hf_config.n_routed_experts else hf_config.first_k_dense_replace
+    fields: list[Any] = [
+        # Experts are not served through Megatron.
+        ("first_k_dense_replace", hf_config.first_k_dense_replace, (dense,)),
+    ]
+    if tp_size > 1:
+        # Megatron gives that projection no process group.
+        fields.append(("q_lora_rank is None", hf_config.q_lora_rank is None, (False,)))
+    if kind == "yarn":
+        both = bool(rope.get("mscale")) == bool(rope.get("mscale_all_dim"))
+        fields += [
+            ("rope_parameters.attention_factor", rope.get("attention_factor"), (None,)),
+            ("rope_parameters.truncate", rope.get("truncate", True), (True,)),
+            ("rope_parameters: mscale and mscale_all_dim both or neither", both, (True,)),
+        ]
+    return fields
 
 
 def _refuse_indivisible(hf_config: Any, tp_size: int) -> None:

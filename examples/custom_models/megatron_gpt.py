@@ -1,4 +1,4 @@
-"""Llama, Qwen2 and Qwen3 through Megatron's own `GPTModel`: served by vLLM, trained by autograd.
+"""Llama, Qwen and DeepSeek V3 through Megatron's own `GPTModel`: served by vLLM, trainable.
 
 As a script::
 
@@ -10,7 +10,8 @@ In code::
     vllm_graft.register("MegatronModel", build_megatron_model)
     llm = LLM(CHECKPOINT, hf_overrides={"architectures": ["MegatronModel"]})
 
-A config field that Megatron's model would not honour is refused by name.
+A config field that Megatron's model would not honour is refused by name: of DeepSeek V3,
+experts are (`first_k_dense_replace` must be the number of layers).
 """
 
 from __future__ import annotations
@@ -27,9 +28,16 @@ from vllm_graft import (
     load_external_weights,
     replace_with_trainable_attention,
 )
-from vllm_graft.examples.megatron_config import refuse_unsupported, rope_fields, transformer_config
+from vllm_graft.examples.megatron_config import (
+    LATENT,
+    LATENT_NORM_EPS,
+    refuse_unsupported,
+    rope_fields,
+    transformer_config,
+)
 from vllm_graft.examples.megatron_names import name_mapping
 from vllm_graft.examples.script import run
+from vllm_graft.families.megatron_mla import with_latent_seam
 from vllm_graft.families.megatron_parallel import process_groups
 from vllm_graft.families.megatron_rope import megatron_device
 from vllm_graft.positions import TokenBatch, current_batch, running
@@ -51,8 +59,8 @@ class MegatronForCausalLM(VLLMModelForCausalLM):
         self.model: Any = gpt_model(
             hf_config, model_config.max_model_len, model_config.dtype, group
         )
-        self.name_mapping = name_mapping(hf_config)
-        replace_with_trainable_attention(self.model, use_mla=False)
+        self.name_mapping = name_mapping(hf_config, tp_size)
+        replace_with_trainable_attention(self.model, use_mla=hf_config.model_type == LATENT)
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed `[T]` or `[B, L]` token ids."""
@@ -112,7 +120,6 @@ def gpt_model(hf_config: Any, max_seq_len: int, dtype: torch.dtype, tp_group: An
         dtype: of the parameters.
         tp_group: the tensor-parallel process group, None for one rank.
     """
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.models.gpt.gpt_model import GPTModel
 
     groups = process_groups(tp_group)
@@ -120,9 +127,7 @@ def gpt_model(hf_config: Any, max_seq_len: int, dtype: torch.dtype, tp_group: An
     with megatron_device():
         model = GPTModel(
             config=config,
-            transformer_layer_spec=get_gpt_layer_local_spec(
-                normalization="RMSNorm", qk_layernorm=config.qk_layernorm
-            ),
+            transformer_layer_spec=_layer_spec(config),
             vocab_size=hf_config.vocab_size,
             max_sequence_length=max_seq_len,
             share_embeddings_and_output_weights=hf_config.tie_word_embeddings,
@@ -130,12 +135,31 @@ def gpt_model(hf_config: Any, max_seq_len: int, dtype: torch.dtype, tp_group: An
             pg_collection=groups,
             **rope_fields(hf_config),
         )
+    _initialize(model, hf_config)
+    return model
+
+
+def _layer_spec(config: Any) -> Any:
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        normalization="RMSNorm",
+        qk_layernorm=config.qk_layernorm,
+        multi_latent_attention=config.multi_latent_attention,
+    )
+    return with_latent_seam(spec) if config.multi_latent_attention else spec
+
+
+def _initialize(model: nn.Module, hf_config: Any) -> None:
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=hf_config.initializer_range)
         elif name.endswith("bias"):
             nn.init.zeros_(parameter)
-    return model
+    if hf_config.model_type == LATENT:
+        for name, module in model.named_modules():
+            if name.endswith((".q_layernorm", ".kv_layernorm")):
+                module.eps = LATENT_NORM_EPS  # type: ignore[assignment]
 
 
 def main() -> None:

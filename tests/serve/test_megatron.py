@@ -6,8 +6,9 @@ import pytest
 
 import vllm_graft
 from examples.custom_models.megatron_gpt import ARCH, build_megatron_model
-from tests.megatron_checkpoints import llama_checkpoint
-from tests.serve.moe_checks import assert_equal_tokens, completions
+from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint
+from tests.serve.moe_checks import assert_equal_tokens, check_exactness, completions
+from tests.serve.test_deepseek_v3 import ROPE_WRITTEN_OUT
 from tests.serve.test_exactness import count_equal
 from tests.support import (
     MIXED_LENGTHS,
@@ -31,6 +32,12 @@ def qwen3(tmp_path_factory):
 def llama(tmp_path_factory):
     vllm_graft.register(ARCH, build_megatron_model)
     return llama_checkpoint(tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def deepseek(tmp_path_factory):
+    vllm_graft.register(ARCH, build_megatron_model)
+    return deepseek_checkpoint(tmp_path_factory.mktemp("deepseek"))
 
 
 @pytest.mark.parametrize("family", ["qwen3", "llama"])
@@ -62,3 +69,17 @@ def test_every_sampled_token_has_the_logprob_of_training(qwen3, dtype, eager):
             count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
         ]
         assert one_by_one == [(40, 40)] * len(tokens)
+
+
+def test_latent_attention_gives_the_tokens_of_vllms_own_deepseek(deepseek):
+    mine = completions(deepseek, ARCH)
+    assert len(mine) == 16
+    assert_equal_tokens(mine, completions(deepseek, None, **ROPE_WRITTEN_OUT))
+
+
+@pytest.mark.parametrize(
+    "eager", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eager", "compiled"]
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_latent_attention_has_the_logprobs_of_training(deepseek, dtype, eager):
+    check_exactness(deepseek, ARCH, dtype=dtype, enforce_eager=eager)

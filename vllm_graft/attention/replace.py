@@ -9,7 +9,14 @@ from typing import Any
 
 from torch import nn
 
-from vllm_graft.families import megatron, plain, torchtitan, torchtitan_mla, torchtitan_moe
+from vllm_graft.families import (
+    megatron,
+    megatron_mla,
+    plain,
+    torchtitan,
+    torchtitan_mla,
+    torchtitan_moe,
+)
 from vllm_graft.families.swap import Swap
 from vllm_graft.precision import keep_table_precision
 
@@ -18,7 +25,7 @@ logger = logging.getLogger("vllm_graft")
 _ATTENTION_NAMES = ("attention", "self_attn", "self_attention", "attn")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layers", "num_layers", "n_layer")
 
-FAMILIES = (torchtitan_mla, torchtitan, megatron, plain)
+FAMILIES = (megatron_mla, torchtitan_mla, torchtitan, megatron, plain)
 """Tried in order. Each has `matches(attention) -> bool` and `plan(attention) -> Swap`."""
 
 
@@ -170,15 +177,16 @@ def _children(module: nn.Module) -> str:
 
 
 def _check_mla(where: str, attention: nn.Module, use_mla: bool) -> None:
-    has_mla = hasattr(attention, "wkv_a")
+    has_mla = hasattr(attention, "wkv_a") or megatron_mla.matches(attention)
     if use_mla and not has_mla:
         raise ValueError(
             f"{where}: use_mla=True, but {type(attention).__name__} has no latent "
-            "projection wkv_a; call with use_mla=False"
+            "projection (wkv_a, linear_kv_down_proj); call with use_mla=False"
         )
     if has_mla and not use_mla:
         raise ValueError(
-            f"{where}: {type(attention).__name__} is latent attention (it has wkv_a); "
+            f"{where}: {type(attention).__name__} is latent attention (its children: "
+            f"{_children(attention)}); "
             "call with use_mla=True"
         )
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.flash import token_positions
-from vllm_graft.families import megatron_layers
+from vllm_graft.families import megatron_layers, megatron_mla
 from vllm_graft.families.megatron_rope import PositionRotary, check_rotary, table_of
 from vllm_graft.families.swap import Swap, swap_of
 
@@ -54,13 +54,15 @@ class MegatronCoreAttention(CoreAttention):
         _refuse(config, attn_mask_type, attention_type, ranks)
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         super().__init__(
-            config.num_attention_heads // ranks,
-            config.num_query_groups // ranks,
+            config.num_attention_heads,
+            config.num_query_groups,
             config.kv_channels,
             scale=softmax_scale,
             sliding_window=_window(config, layer_number),
             dropout=dropout,
         )
+        if ranks > 1:
+            self.shard(ranks)
         no_rope = bool(config.no_rope_freq and config.no_rope_freq[layer_number - 1])
         self.rotates = not no_rope
         # In a tuple: the model owns the table.
@@ -181,6 +183,8 @@ def adopt(model: Any) -> None:
     if not megatron_layers.loaded():
         return
     megatron_layers.correct_layers(model)
+    megatron_layers.note_shares(model)
+    megatron_mla.adopt(model)
     cores = [m for m in model.modules() if isinstance(m, MegatronCoreAttention)]
     rotary = getattr(model, "rotary_pos_emb", None)
     if not cores or rotary is None:

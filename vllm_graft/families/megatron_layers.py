@@ -23,6 +23,7 @@ from torch import nn
 
 from vllm_graft import exact
 from vllm_graft.families import megatron_parallel
+from vllm_graft.weights.shards import Shard, mark_shard
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
 """Looked up where it is loaded already: without it, no model has modules of it."""
@@ -58,6 +59,45 @@ def _corrected() -> Iterator[tuple[Any, Callable[..., Any]]]:
     mlp = sys.modules.get("megatron.core.transformer.mlp")
     if mlp is not None:
         yield mlp.MLP, _mlp
+
+
+def note_shares(model: nn.Module) -> None:
+    """Note which parameters are shares of a whole, so that loading and export know.
+
+    A second call changes nothing.
+    """
+    if model.__dict__.setdefault("_graft_shares_noted", False):
+        return
+    model.__dict__["_graft_shares_noted"] = True
+    layers = sys.modules[_LAYERS]
+    for module in model.modules():
+        if isinstance(module, layers.ColumnParallelLinear):
+            several = module.output_size_per_partition != module.output_size
+            shares = {"weight": 0, "bias": 0} if several else {}
+        elif isinstance(module, layers.RowParallelLinear):
+            several = module.input_size_per_partition != module.input_size
+            shares = {"weight": 1} if several else {}
+        elif isinstance(module, layers.VocabParallelEmbedding):
+            several = module.num_embeddings_per_partition != module.num_embeddings
+            shares = {"weight": 0} if several else {}
+        else:
+            _add_up_norms(module)
+            continue
+        for name, dim in shares.items():
+            parameter: Any = getattr(module, name, None)
+            if parameter is not None:
+                group: Any = module.tp_group
+                mark_shard(parameter, Shard(dim, group.rank(), group))
+
+
+def _add_up_norms(attention: Any) -> None:
+    """Each rank's heads give a part of the gradient of the norms on queries and keys."""
+    if getattr(attention, "world_size", 1) == 1 or not hasattr(attention, "linear_qkv"):
+        return
+    for norm in (attention.q_layernorm, attention.k_layernorm):
+        for parameter in norm.parameters() if norm is not None else ():
+            total = partial(megatron_parallel.sum_over, group=attention.tp_group)
+            parameter.register_hook(total)
 
 
 def _plain(module: Any, x: torch.Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class TorchTitanForCausalLM(VLLMModelForCausalLM):
     supports_torch_compile = True
 
     def __init__(
-        self, config: Any, name_mapping: dict[str, str | RowOrder | None], *, use_mla: bool
+        self, config: Any, name_mapping: Mapping[str, str | RowOrder | None], *, use_mla: bool
     ) -> None:
         super().__init__()
         self.model: Any = config.build()

@@ -76,3 +76,32 @@ def test_cache_spec_holds_one_latent_vector_per_token():
     spec = create_mla_kv_cache_spec(512, 64, block_size=16, dtype=torch.bfloat16)
     assert (spec.num_kv_heads, spec.head_size, spec.block_size) == (1, 576, 16)
     assert spec.page_size_bytes == 16 * 576 * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("q_lora_rank", [0, 24])
+def test_it_trains_under_autocast(q_lora_rank, dtype):
+    torch.manual_seed(0)
+    mla, x = TrainableMLA(config(q_lora_rank)), torch.randn(2, 9, 64)
+    want = mla(x, table())
+    wanted = torch.autograd.grad(want.square().sum(), mla.parameters())
+    with torch.autocast("cpu", dtype):
+        out = mla(x, table())
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out.float().square().sum(), mla.parameters())
+    # bf16 keeps 8 bits, and six products follow one another.
+    assert relative_error(out, want) < 2e-2
+    for got, expected in zip(grads, wanted, strict=True):
+        assert relative_error(got, expected) < 5e-2
+
+
+@pytest.mark.parametrize("lead", [(0,), (2, 0)])
+def test_no_tokens_give_no_output(lead):
+    mla = TrainableMLA(config(0))
+    assert mla(torch.zeros(*lead, 64), table()).shape == (*lead, 64)
+
+
+@pytest.mark.parametrize("wrong", [{"qk_rope_head_dim": 15}, {"dropout": 1.5}, {"dropout": -0.1}])
+def test_sizes_without_a_meaning_are_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        MLAConfig(hidden_size=64, num_heads=4, **wrong)

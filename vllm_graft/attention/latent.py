@@ -75,10 +75,15 @@ def attend_latent(
         dropout: probability on the attention weights.
 
     Returns:
-        `[T, N, V]`, differentiable in the first four. On the CPU build it is
+        `[T, N, V]` in `q_TNH`'s dtype, differentiable in the first four. On the CPU build it is
         bit-equal to what the engine computes, unless dropout is on or
         attention is not causal.
     """
+    num_heads, nope_dim = q_TNH.shape[1], q_TNH.shape[-1] - k_pe_TP.shape[-1]
+    if q_TNH.shape[0] == 0:
+        return q_TNH.new_zeros(0, num_heads, kv_b_weight.shape[0] // num_heads - nope_dim)
+    # Under autocast the queries have the low precision, the norm's output and wkv_b have not.
+    kv_c_TR, k_pe_TP, kv_b_weight = (x.to(q_TNH.dtype) for x in (kv_c_TR, k_pe_TP, kv_b_weight))
     if dropout == 0.0 and spec.causal and _engine_kernel_fits(q_TNH, kv_c_TR, k_pe_TP):
         out: torch.Tensor = _EngineLatent.apply(  # type: ignore[no-untyped-call]
             q_TNH, kv_c_TR, k_pe_TP, kv_b_weight, cu_seqlens, spec
@@ -145,7 +150,7 @@ class _EngineLatent(torch.autograd.Function):
 
 
 def _engine_kernel_fits(q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor) -> bool:
-    if q.device.type != "cpu" or q.shape[0] == 0 or find_spec("vllm") is None:
+    if q.device.type != "cpu" or find_spec("vllm") is None:
         return False
     from vllm_graft.serve import _vllm_cpu
 

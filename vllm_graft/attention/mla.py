@@ -54,6 +54,12 @@ class MLAConfig:
     """Softmax scale; `qk_head_dim ** -0.5` by default (pass YaRN's corrected one)."""
     causal: bool = True
 
+    def __post_init__(self) -> None:
+        if self.qk_rope_head_dim % 2:
+            raise ValueError(f"qk_rope_head_dim={self.qk_rope_head_dim} is odd; RoPE rotates pairs")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} is not in [0, 1)")
+
     @property
     def qk_head_dim(self) -> int:
         """Query/key head dim: the part without RoPE plus the part with it."""
@@ -155,7 +161,7 @@ class TrainableMLA(nn.Module):
         q_pe, k_pe = rotate(q_pe, k_pe.unsqueeze(1))
         q = torch.cat([q_nope, q_pe], dim=-1)
         out = self._attention(q, self.kv_norm(latent), k_pe.squeeze(1), lead, cu_seqlens)
-        projected: torch.Tensor = self.wo(out.flatten(1).view(*lead, -1))
+        projected: torch.Tensor = self.wo(out.flatten(1).unflatten(0, lead))
         return projected
 
     def _attention(

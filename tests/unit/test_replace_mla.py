@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -207,3 +208,37 @@ def test_parts_that_do_not_fit_are_named(change, text):
     change(model.layers["0"].attention)
     with pytest.raises(ValueError, match=text):
         replace_with_trainable_attention(model, use_mla=True)
+
+
+def test_a_zero_output_projection_proves_nothing():
+    model = Model([Doubled()])
+    nn.init.zeros_(model.layers["0"].attention.wo.weight)
+    report = replace_with_trainable_attention(model, use_mla=True)
+    assert [layer.proven for layer in report.layers] == [False]
+
+
+class Doubled(OlderAttention):
+    def forward(self, x, freqs_cis, attention_masks=None):
+        return super().forward(x, freqs_cis) * 2
+
+
+class SometimesUnrotated(OlderAttention):
+    use_rope = True
+
+    def forward(self, x, freqs_cis, attention_masks=None):
+        return super().forward(x, freqs_cis if self.use_rope else torch.ones_like(freqs_cis))
+
+
+def test_a_layer_that_differs_by_a_flag_is_tried_out_by_itself():
+    model = Model([SometimesUnrotated(), SometimesUnrotated()])
+    model.layers["1"].attention.use_rope = False
+    with pytest.raises(ValueError, match="layers.1.attention: SometimesUnrotated computes"):
+        replace_with_trainable_attention(model, use_mla=True)
+
+
+def test_a_swapped_model_can_be_pickled():
+    model = Model([titan_attention(24)])
+    replace_with_trainable_attention(model, use_mla=True)
+    again, x = pickle.loads(pickle.dumps(model)), torch.randn(1, 5, WIDTH)
+    block, twin = model.layers["0"].attention, again.layers["0"].attention
+    assert type(twin) is type(block) and torch.equal(twin(x, None), block(x, None))

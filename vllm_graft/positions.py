@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import count
 
 import torch
 from torch import nn
@@ -28,6 +29,9 @@ class TokenBatch:
     serving: bool = False
     """Whether vLLM's engine runs this batch (the paged cache holds the context)."""
 
+    serial: int = 0
+    """A number of its own for every `packed(...)` block."""
+
 
 class _Holder:
     # A plain attribute, not a ContextVar: torch.compile traces reads and writes of it.
@@ -35,6 +39,7 @@ class _Holder:
 
 
 _HOLDER = _Holder()
+_SERIALS = count(1)
 
 
 def current_batch() -> TokenBatch | None:
@@ -46,22 +51,47 @@ def batch_for(module: nn.Module) -> TokenBatch | None:
     """The batch that `module` runs in.
 
     Raises:
-        RuntimeError: activation checkpointing recomputes it after the
-            `packed(...)` block of its forward has ended: the borders are gone, and
+        RuntimeError: activation checkpointing recomputes it outside the
+            `packed(...)` block of its forward: the borders are gone, and
             samples would leak into each other's gradients.
     """
     batch = _HOLDER.batch
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (batch is not None and batch.serving):
         return batch
-    in_backward = torch._C._current_graph_task_id() != -1
-    if not in_backward:
-        module.__dict__["_ran_packed"] = batch is not None and not batch.serving
-    elif batch is None and module.__dict__.get("_ran_packed", False):
+    serial, ran = 0 if batch is None else batch.serial, _forwards_of(module)
+    if torch._C._current_graph_task_id() == -1:
+        ran.note(serial)
+    elif ran.blocks - {serial}:
         raise RuntimeError(
-            "attention is recomputed in backward (activation checkpointing) after the packed(...) "
-            "block of its forward has ended; call backward() inside the block"
+            "attention is recomputed in backward (activation checkpointing) outside the "
+            "packed(...) block of its forward, or ran in several such blocks before one backward; "
+            "call backward() inside the block"
         )
+    else:
+        ran.settled = True
     return batch
+
+
+@dataclass
+class _Forwards:
+    """In which `packed(...)` blocks (0: in none) a module ran, as far as backward may redo it."""
+
+    blocks: set[int] = field(default_factory=set)
+    settled: bool = True
+    """Whether the next forward takes their place: they were recomputed, or need not be."""
+
+    def note(self, block: int) -> None:
+        """A forward, which a checkpoint will redo if it runs under hooks on saved tensors."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+        if self.settled or hooks is None:
+            self.blocks.clear()
+        self.settled = hooks is None
+        self.blocks.add(block)
+
+
+def _forwards_of(module: nn.Module) -> _Forwards:
+    forwards: _Forwards = module.__dict__.setdefault("_forwards", _Forwards())
+    return forwards
 
 
 @contextmanager
@@ -122,7 +152,7 @@ def packed(cu_seqlens: torch.Tensor | Sequence[int]) -> Iterator[TokenBatch]:
     """
     num_tokens = int(cu_seqlens[-1]) if len(cu_seqlens) else 0
     borders = check_cu_seqlens(cu_seqlens, num_tokens)
-    batch = TokenBatch(positions=positions_of(borders), cu_seqlens=borders)
+    batch = TokenBatch(positions=positions_of(borders), cu_seqlens=borders, serial=next(_SERIALS))
     with running(batch):
         yield batch
 

@@ -189,3 +189,23 @@ def test_an_unbound_module_does_not_run_in_the_engine():
 def test_no_tokens_give_no_output():
     empty = torch.zeros(0, 4, 64)
     assert CoreAttention(4, 4, 64)(empty, empty, empty).shape == (0, 4, 64)
+
+
+def test_two_checkpointed_blocks_before_one_backward_are_refused():
+    """Recomputed inside the second block, the first would get the borders of the second."""
+    from torch.utils.checkpoint import checkpoint
+
+    module, inputs = CoreAttention(4, 2, 64), qkv(4, 2, torch.float32)
+    with torch.no_grad(), packed([0, 100, 171]):
+        module(*inputs)  # reference log-probs: no backward, so no matter
+    with packed(borders()):
+        first = checkpoint(module, *inputs, use_reentrant=False).sum()
+        torch.autograd.grad(first, inputs)  # accumulated the right way: each in its block
+    with packed([0, 100, 171]):
+        second = checkpoint(module, *inputs, use_reentrant=False).sum()
+        torch.autograd.grad(second, inputs)
+        second = checkpoint(module, *inputs, use_reentrant=False).sum()
+    with packed(borders()):
+        both = second + checkpoint(module, *inputs, use_reentrant=False).sum()
+        with pytest.raises(RuntimeError, match=r"in several such blocks before one backward"):
+            torch.autograd.grad(both, inputs)

@@ -201,9 +201,16 @@ EXACT_OPTION = "vllm_graft_exact"
 
 
 def serves_exactly(vllm_config: Any) -> bool:
-    """Whether serving keeps to the training forward's arithmetic where that costs speed."""
+    """Whether serving keeps to the training forward's arithmetic where that costs speed.
+
+    Raises:
+        ValueError: the option is no boolean (the string "false" is true).
+    """
     extra = vllm_config.additional_config
-    return bool(extra.get(EXACT_OPTION, True)) if isinstance(extra, dict) else True
+    chosen = extra.get(EXACT_OPTION, True) if isinstance(extra, dict) else True
+    if not isinstance(chosen, bool):
+        raise ValueError(f"additional_config: {EXACT_OPTION}={chosen!r}; use true or false")
+    return chosen
 
 
 def mla_kv_cache_spec(*, head_size: int, block_size: int, dtype: torch.dtype) -> Any:

@@ -23,7 +23,7 @@ unless the count is a multiple of 4."""
 
 
 def make_exact(model: nn.Module) -> None:
-    """Give each `nn.Linear`, `nn.RMSNorm` and `nn.LayerNorm` its exact forward.
+    """Give each linear layer, norm, `nn.SiLU` and `nn.Sigmoid` its exact forward.
 
     Parameters and names stay. Modules with a forward of their own are left alone.
     """
@@ -145,10 +145,20 @@ def _layer_norm_forward(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
     return F.layer_norm(x, module.normalized_shape, module.weight, module.bias, module.eps)
 
 
+def _silu_forward(module: nn.SiLU, x: torch.Tensor) -> torch.Tensor:
+    return silu(x)
+
+
+def _sigmoid_forward(module: nn.Sigmoid, x: torch.Tensor) -> torch.Tensor:
+    return sigmoid(x)
+
+
 _EXACT: dict[Any, Callable[..., torch.Tensor]] = {
     nn.Linear: _linear_forward,
     nn.RMSNorm: _rms_norm_forward,
     nn.LayerNorm: _layer_norm_forward,
+    nn.SiLU: _silu_forward,
+    nn.Sigmoid: _sigmoid_forward,
 }
 
 

@@ -41,12 +41,13 @@ class Block(nn.Module):
         self.norm, self.mlp_norm = nn.RMSNorm(c.hidden_size), nn.RMSNorm(c.hidden_size)
         config = MLAConfig(c.hidden_size, c.num_attention_heads, c.q_rank, **sizes)
         self.attention = TrainableMLA(config)
+        self.act = nn.SiLU()
         self.up = nn.Linear(c.hidden_size, c.intermediate_size)
         self.down = nn.Linear(c.intermediate_size, c.hidden_size)
 
     def forward(self, x, table):
         x = x + self.attention(self.norm(x), table)
-        return x + self.down(nn.functional.silu(self.up(self.mlp_norm(x))))
+        return x + self.down(self.act(self.up(self.mlp_norm(x))))
 
 
 class HandWritten(VLLMModelForCausalLM):
@@ -210,3 +211,20 @@ def test_on_hosts_with_amx_the_proven_kernel_is_pinned(monkeypatch, tmp_path):
         assert count_equal(module, tokens, generate(llm, tokens, max_tokens=20)) == (180, 180)
         cached = generate(llm, tokens, max_tokens=20)
         assert count_equal(module, tokens, cached) == (180, 180)
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "text"),
+    [
+        (DEEPSEEK, {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "kv_cache_dtype='fp8'.*'auto'"),
+        ({}, {"additional_config": {"vllm_graft_exact": False}}, "model_type='qwen3'.*as MLA"),
+        ({}, {"additional_config": {"vllm_graft_exact": "false"}}, "exact='false'; use true or"),
+    ],
+    ids=["fp8 cache", "fast but not MLA to vLLM", "no boolean"],
+)
+def test_settings_that_cannot_be_served_are_refused_before_the_first_request(
+    config, options, text, tmp_path
+):
+    vllm_graft.register(ARCH, HandWritten)
+    with pytest.raises(ValueError, match=text):
+        engine(checkpoint(tmp_path, REAL, **config), ARCH, **options).__enter__()

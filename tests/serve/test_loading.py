@@ -213,3 +213,14 @@ def test_a_served_model_can_be_copied_and_pickled(served, tmp_path):
     assert holds(copy.deepcopy(served.model), checkpoint(0))
     torch.save(served.model, tmp_path / "model.pt")
     assert holds(torch.load(tmp_path / "model.pt", weights_only=False), checkpoint(0))
+
+
+def test_tensors_that_the_model_was_built_without_are_named_in_a_warning(caplog):
+    extra = {f"shared.{n}.weight": torch.rand(2) for n in ("gate", "up")}
+    Served().start(checkpoint(0) | extra)
+    (record,) = [r for r in caplog.records if r.levelname == "WARNING"]
+    assert "2 checkpoint tensors are not served" in record.getMessage()
+    assert "shared.gate.weight, shared.up.weight" in record.getMessage()
+    caplog.clear()
+    Served().start(checkpoint(0))
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]

@@ -228,3 +228,11 @@ def test_fp8_experts_go_into_a_stack():
     load(tensors, model, {"e.{}.w": "w[{}]"})
     want = [dequantize("w", *pair.values(), torch.float32) for pair in pairs]
     assert torch.equal(model.w, torch.stack(want))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_scale_that_is_no_number_is_refused(value):
+    weight, scale = torch.ones(130, 4).to(torch.float8_e4m3fn), torch.ones(2, 1)
+    scale[1] = value
+    with pytest.raises(WeightError, match="'w_scale_inv' has NaN or infinity"):
+        dequantize("w", weight, scale, torch.float32)

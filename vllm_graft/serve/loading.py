@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from vllm_graft.weights.account import Missing
+from vllm_graft.weights.account import LoadReport, Missing
 from vllm_graft.weights.load import Load, WeightError
 from vllm_graft.weights.rows import Part
 from vllm_graft.weights.sentinel import Sentinels
@@ -22,6 +22,8 @@ from vllm_graft.weights.slots import slots, tensor_in, tied_names
 from vllm_graft.weights.write import note_writes
 
 logger = logging.getLogger("vllm_graft")
+
+_SHOWN = 8
 
 
 class Loading:
@@ -80,13 +82,24 @@ class Loading:
         if self._sentinels is not None:
             unwritten = self._sentinels.unwritten()
             self._stop_marking()
-            logger.info("%s: %s", self._arch, str(self._load.report()).splitlines()[0])
+            self._tell(self._load.report())
             self.refusal = self._verdict(unwritten)
             self._load = Load(self._names)
         if self.refusal is not None:
             raise WeightError(f"{self._arch}: {self.refusal}")
         first, self._complete_once = not self._complete_once, True
         return first
+
+    def _tell(self, report: LoadReport) -> None:
+        logger.info("%s: %s", self._arch, str(report).splitlines()[0])
+        if report.skipped:
+            # A bias or an expert that the model was built without is skipped as well.
+            logger.warning(
+                "%s: %d checkpoint tensors are not served, since name_mapping does not name them: "
+                "%s%s (map them to None if that is meant)",
+                self._arch, len(report.skipped), ", ".join(report.skipped[:_SHOWN]),
+                ", ..." if len(report.skipped) > _SHOWN else "",
+            )  # fmt: skip
 
     def _begin(self) -> None:
         """Open the initial load or a layerwise update, unless it is open.

@@ -31,7 +31,7 @@ def dequantize(
         scale: `[ceil(O/128), ceil(I/128)]` float32.
 
     Raises:
-        WeightError: a weight or scale of another shape or dtype.
+        WeightError: a weight or scale of another shape or dtype, or a scale that is no number.
     """
     expected = tuple(-(-size // BLOCK) for size in weight_OI.shape)
     if weight_OI.dim() != 2 or tuple(scale.shape) != expected or scale.dtype != torch.float32:
@@ -40,6 +40,8 @@ def dequantize(
             f"{tuple(scale.shape)} {scale.dtype}; expected {expected} torch.float32, one per "
             f"block of {BLOCK}x{BLOCK} of a matrix"
         )
+    if not bool(scale.isfinite().all()):
+        raise WeightError(f"FP8 tensor {name!r}: its scale {name + SUFFIX!r} has NaN or infinity")
     out_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
     columns = weight_OI.shape[1]
     # One strip of blocks at a time: float32 of the whole matrix would be 4 times its size.

@@ -217,7 +217,7 @@ def test_on_hosts_with_amx_the_proven_kernel_is_pinned(monkeypatch, tmp_path):
     ("config", "options", "text"),
     [
         (DEEPSEEK, {"kv_cache_dtype": "fp8", "dtype": "bfloat16"}, "kv_cache_dtype='fp8'.*'auto'"),
-        ({}, {"additional_config": {"vllm_graft_exact": False}}, "model_type='qwen3'.*as MLA"),
+        ({}, {"additional_config": {"vllm_graft_exact": False}}, "model_type=.qwen3.: .*for MLA"),
         ({}, {"additional_config": {"vllm_graft_exact": "false"}}, "exact='false'; use true or"),
     ],
     ids=["fp8 cache", "fast but not MLA to vLLM", "no boolean"],

@@ -8,6 +8,7 @@ tensors as `weight_loader`, since vLLM's reload defers writes by wrapping exactl
 from __future__ import annotations
 
 import inspect
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -132,7 +133,12 @@ def _several(row: Part, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _put_rows(local: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
-    local.index_copy_(0, rows.to(local.device), values.to(dtype=local.dtype, device=local.device))
+    # vLLM's reload counts what `copy_` writes; elements written otherwise are lost in an update.
+    steps = rows.diff() != 1
+    starts = [0, *(steps.nonzero().flatten() + 1).tolist()] if len(rows) else []
+    for start, end in pairwise([*starts, len(rows)]):
+        first = int(rows[start])
+        local[first : first + end - start].copy_(values[start:end])
 
 
 def _write_share(param: torch.Tensor, tensor: torch.Tensor, row: Part, shard: Shard) -> None:

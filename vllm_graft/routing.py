@@ -53,6 +53,8 @@ def record_routing(model: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
 
 def _recorder(rows: list[torch.Tensor]) -> Any:
     def record(router: nn.Module, args: Any, output: tuple[torch.Tensor, ...]) -> None:
-        rows.append(output[1].detach().flatten(0, -2).cpu().clone())
+        recomputed = torch._C._current_graph_task_id() != -1  # activation checkpointing
+        if not recomputed:
+            rows.append(output[1].detach().flatten(0, -2).cpu().clone())
 
     return record

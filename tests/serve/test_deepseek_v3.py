@@ -14,7 +14,8 @@ from tests.serve.moe_checks import (
     check_routing,
     completions,
 )
-from tests.support import engine, prompts, sampled_logprobs
+from tests.serve.test_exactness import count_equal
+from tests.support import engine, generate, live_module, prompts, sampled_logprobs
 
 pytestmark = pytest.mark.engine
 
@@ -118,3 +119,21 @@ def test_vllms_cpu_kernel_for_rope_is_still_wrong_for_mla():
         got, _ = rope.forward_cpu(positions, q_TNP.clone(), k_T1P.clone())
     assert torch.allclose(flat.view_as(want), want, atol=1e-6)
     assert not torch.allclose(got, want, atol=1e-2)
+
+
+def test_a_live_update_reaches_the_latent_cache_and_the_experts(checkpoint):
+    """vLLM's reload exchanges every tensor, `wkv_b` and expert stacks among them."""
+    tokens = prompts((5, 40))
+    with engine(checkpoint, ARCH, dtype="float32") as llm:
+        module = live_module(llm)
+        before = [sampled_logprobs(c) for c in generate(llm, tokens, max_tokens=8)]
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(-0.9)
+        changed = generate(llm, tokens, max_tokens=8)
+        assert [sampled_logprobs(c) for c in changed] != before
+        assert count_equal(module, tokens, changed) == (16, 16)
+        llm.collective_rpc("reload_weights")
+        again = generate(llm, tokens, max_tokens=8)
+        assert [sampled_logprobs(c) for c in again] == before
+        assert count_equal(module, tokens, again) == (16, 16)

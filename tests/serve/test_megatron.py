@@ -10,6 +10,7 @@ from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint
 from tests.serve.moe_checks import assert_equal_tokens, check_exactness, completions
 from tests.serve.test_deepseek_v3 import ROPE_WRITTEN_OUT
 from tests.serve.test_exactness import count_equal
+from tests.serve.test_live_update import changed, save, update
 from tests.support import (
     MIXED_LENGTHS,
     engine,
@@ -17,6 +18,7 @@ from tests.support import (
     live_module,
     prompts,
     qwen3_checkpoint,
+    sampled_logprobs,
 )
 
 pytestmark = pytest.mark.engine
@@ -83,3 +85,30 @@ def test_latent_attention_gives_the_tokens_of_vllms_own_deepseek(deepseek):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_latent_attention_has_the_logprobs_of_training(deepseek, dtype, eager):
     check_exactness(deepseek, ARCH, dtype=dtype, enforce_eager=eager)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["one call", "one tensor at a time"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek"])
+def test_a_live_update_of_fused_parameters_serves_the_new_weights(
+    family, one_by_one, request, tmp_path
+):
+    checkpoint, tokens = request.getfixturevalue(family), prompts((5, 140))
+    tensors = changed(checkpoint)
+    with engine(save(checkpoint, tensors, tmp_path / "new"), ARCH, dtype="float32") as llm:
+        want = [sampled_logprobs(c) for c in generate(llm, tokens)]
+    with engine(checkpoint, ARCH, dtype="float32") as llm:
+        old = [sampled_logprobs(c) for c in generate(llm, tokens)]
+        update(llm, tensors, one_by_one)
+        assert [sampled_logprobs(c) for c in generate(llm, tokens)] == want != old
+
+
+def test_a_live_update_without_one_part_of_a_fused_parameter_is_refused(qwen3):
+    tensors = changed(qwen3)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    with engine(qwen3, ARCH, dtype="float32") as llm:
+        with pytest.raises(
+            vllm_graft.WeightError, match=r"layers.1.mlp.linear_fc1.weight\[256 rows from 256\]"
+        ):
+            update(llm, tensors, one_by_one=True)
+        with pytest.raises(vllm_graft.WeightError, match="refuses to serve"):
+            generate(llm, prompts((5,)))

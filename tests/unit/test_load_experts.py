@@ -147,7 +147,7 @@ def test_dequantized_values_are_exact(rows, columns, dtype):
     pair = quantized((rows, columns))
     spread = pair["w_scale_inv"].repeat_interleave(128, 0).repeat_interleave(128, 1)
     want = (pair["w"].float() * spread[:rows, :columns]).to(dtype)
-    assert torch.equal(dequantize("w", *pair.values(), dtype), want)
+    assert torch.equal(dequantize(*pair.values(), dtype), want)
 
 
 @pytest.mark.parametrize("order", [["w", "w_scale_inv"], ["w_scale_inv", "w"]])
@@ -160,7 +160,7 @@ def test_halves_find_each_other_in_any_order_and_over_several_calls(order, one_b
         for chunk in [[item] for item in items] if one_by_one else [items]:
             load_external_weights(model, chunk, {"w": "w"})
     assert running.errors(running.account.missing()) == []
-    assert torch.equal(model.w, dequantize("w", *pair.values(), torch.bfloat16))
+    assert torch.equal(model.w, dequantize(*pair.values(), torch.bfloat16))
     assert running.report().loaded == {"w": "w", "w_scale_inv": "w"}
 
 
@@ -226,7 +226,7 @@ def test_fp8_experts_go_into_a_stack():
     pairs = [quantized(), quantized()]
     tensors = {f"e.{i}.{k}": t for i, pair in enumerate(pairs) for k, t in pair.items()}
     load(tensors, model, {"e.{}.w": "w[{}]"})
-    want = [dequantize("w", *pair.values(), torch.float32) for pair in pairs]
+    want = [dequantize(*pair.values(), torch.float32) for pair in pairs]
     assert torch.equal(model.w, torch.stack(want))
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.shards import Region, select
 
 BLOCK = 128
 SUFFIX = "_scale_inv"
+_ALL = (slice(None), slice(None))
 
 
 def is_block_fp8(tensor: torch.Tensor) -> bool:
@@ -20,10 +22,8 @@ def is_block_fp8(tensor: torch.Tensor) -> bool:
     return tensor.dtype == torch.float8_e4m3fn
 
 
-def dequantize(
-    name: str, weight_OI: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    """`weight_OI * scale`, each scale spread over its block, in float32 and then `dtype`.
+def check_scale(name: str, weight_OI: torch.Tensor, scale: torch.Tensor) -> None:
+    """Raise if a weight and its scale are not a pair.
 
     Args:
         name: of the weight, for the error.
@@ -42,14 +42,31 @@ def dequantize(
         )
     if not bool(scale.isfinite().all()):
         raise WeightError(f"FP8 tensor {name!r}: its scale {name + SUFFIX!r} has NaN or infinity")
-    out_OI = torch.empty(weight_OI.shape, dtype=dtype, device=weight_OI.device)
-    columns = weight_OI.shape[1]
-    # One strip of blocks at a time: float32 of the whole matrix would be 4 times its size.
-    for block, scale_of_strip in enumerate(scale):
-        strip = slice(block * BLOCK, (block + 1) * BLOCK)
-        spread = scale_of_strip.repeat_interleave(BLOCK)[:columns]
-        out_OI[strip] = weight_OI[strip].float() * spread
-    return out_OI
+
+
+def dequantize(
+    weight_OI: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype, region: Region = _ALL
+) -> torch.Tensor:
+    """`weight_OI * scale`, each scale spread over its block, in float32 and then `dtype`.
+
+    Args:
+        weight_OI: `[O, I]` float8_e4m3fn.
+        scale: `[ceil(O/128), ceil(I/128)]` float32.
+        dtype: of the result.
+        region: which rows and columns are wanted, in any order; nothing else is read.
+    """
+    rows, columns = (
+        torch.arange(size, device=weight_OI.device)[index]
+        for size, index in zip(weight_OI.shape, region, strict=True)
+    )
+    out = torch.empty(len(rows), len(columns), dtype=dtype, device=weight_OI.device)
+    spread = scale[:, columns // BLOCK]
+    # One strip of rows at a time: float32 of the whole matrix would be 4 times its size.
+    for first in range(0, len(rows), BLOCK):
+        strip = rows[first : first + BLOCK]
+        values = select(weight_OI, (strip, region[1]))
+        out[first : first + BLOCK] = values.float() * spread[strip // BLOCK]
+    return out
 
 
 class Halves:

@@ -11,12 +11,12 @@ from torch import nn
 
 from vllm_graft.weights.account import Account, LoadReport, Missing, missing_text
 from vllm_graft.weights.errors import WeightError, nearest
-from vllm_graft.weights.fp8 import SUFFIX, Halves, dequantize, is_block_fp8
+from vllm_graft.weights.fp8 import SUFFIX, Halves, check_scale, is_block_fp8
 from vllm_graft.weights.mapping import NameMap, NameMapping, Place
-from vllm_graft.weights.rows import Part, part_of
-from vllm_graft.weights.shards import rows_of, whole
+from vllm_graft.weights.reading import Reading
+from vllm_graft.weights.shards import rows_of
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
-from vllm_graft.weights.write import check, put, wide_float
+from vllm_graft.weights.write import check, holds, put, wide_float
 
 logger = logging.getLogger("vllm_graft")
 
@@ -184,41 +184,33 @@ class _Loader:
     def _place(
         self, name: str, tensor: torch.Tensor, place: Place, is_scale: bool, report: LoadReport
     ) -> None:
-        param = tensor_in(self._slots[str(place.target)])
+        param, scale = tensor_in(self._slots[str(place.target)]), None
         if is_scale or (is_block_fp8(tensor) and wide_float(param)):
             halves = self._load.halves.add(name, tensor, is_scale=is_scale)
             if halves is None:
                 return
-            tensor = dequantize(name, *halves, param.dtype)
+            tensor, scale = halves
+            check_scale(name, tensor, scale)
             report.loaded[name + SUFFIX] = str(place)
-        self._write(name, tensor, place, param)
+        self._write(name, tensor, place, Reading(place.order, scale))
         report.loaded[name] = str(place)
         report.numel += tensor.numel()
 
-    def _write(self, name: str, tensor: torch.Tensor, place: Place, param: torch.Tensor) -> None:
-        where = f"checkpoint tensor {name!r} -> parameter {str(place)!r}"
-        check(where, tensor, param, place.row)
-        if place.order is not None:
-            tensor = place.order.apply(where, tensor)
+    def _write(self, name: str, tensor: torch.Tensor, place: Place, reading: Reading) -> None:
         account, target = self._load.account, str(place.target)
-        key = account.name_of(self._slots[target], target)
+        slot = self._slots[target]
+        param, key = tensor_in(slot), account.name_of(slot, target)
+        where = f"checkpoint tensor {name!r} -> parameter {str(place)!r}"
+        check(where, tensor, param, place.row, reading)
         before = account.earlier(key, place.row)
         if before is None:
-            put(where, tensor, param, place.row)
+            put(where, tensor, param, place.row, reading)
             account.note(key, place.row, name, target)
             logger.debug("%s %s", where, tuple(tensor.shape))
         elif before[1] == target:
             raise WeightError(f"{where}: it was already loaded from {before[0]!r}")
-        elif not _same(param, tensor, place.row):
+        elif not holds(param, tensor, place.row, reading):
             raise WeightError(
                 f"{where}: it was already loaded from {before[0]!r} as {before[1]!r} (tied), "
                 "other values"
             )
-
-
-def _same(param: torch.Tensor, tensor: torch.Tensor, row: Part) -> bool:
-    """Whether a tied parameter already holds these values (unknown on meta: taken as yes)."""
-    if param.is_meta:
-        return True
-    held = part_of(whole(param), row)
-    return torch.equal(held, tensor.to(dtype=held.dtype, device=held.device))

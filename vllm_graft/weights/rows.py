@@ -85,25 +85,25 @@ class RowOrder:
                 "each row of the checkpoint must stand in it once"
             )
 
-    def apply(self, where: str, tensor: torch.Tensor) -> torch.Tensor:
-        """Checkpoint rows `[rows, ...]` in the model's order, as a copy.
+    def check(self, where: str, tensor: torch.Tensor) -> None:
+        """Raise if `tensor` `[rows, ...]` has another number of rows.
 
         Raises:
-            WeightError: a tensor with another number of rows; begins with `where`.
+            WeightError: begins with `where`.
         """
         if tensor.dim() == 0 or tensor.shape[0] != len(self.order):
             raise WeightError(
                 f"{where}: shape {tuple(tensor.shape)} has not the {len(self.order)} rows of "
                 "its RowOrder; the order was made for other head counts or sizes"
             )
-        return tensor[self._indices.to(tensor.device)]
 
     def undo(self, tensor: torch.Tensor) -> torch.Tensor:
         """Model rows `[rows, ...]` in the checkpoint's order, as a copy."""
-        return tensor[self._indices.argsort().to(tensor.device)]
+        return tensor[self.indices.argsort().to(tensor.device)]
 
     @cached_property
-    def _indices(self) -> torch.Tensor:
+    def indices(self) -> torch.Tensor:
+        """`order` as int64: for each row of the model, that of the checkpoint."""
         return torch.tensor(self.order, dtype=torch.long)
 
 

@@ -15,6 +15,9 @@ from torch.distributed.tensor import DTensor
 
 _ATTRIBUTE = "graft_shard"
 
+Region = tuple["slice | torch.Tensor", ...]
+"""A part of a tensor: for each dimension a slice, or indices (int64) in any order."""
+
 
 @dataclass(frozen=True)
 class Shard:
@@ -50,10 +53,48 @@ def whole_shape(tensor: torch.Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
-def cut(whole: torch.Tensor, shard: Shard) -> torch.Tensor:
-    """This rank's share of `whole`, a view."""
-    size = whole.shape[shard.dim] // shard.count
-    return whole.narrow(shard.dim, shard.rank * size, size)
+def region_of(tensor: torch.Tensor) -> tuple[slice, ...]:
+    """The part of the whole that this rank's `tensor` is."""
+    shape, start = tuple(tensor.shape), [0] * tensor.dim()
+    shard = shard_of(tensor)
+    if isinstance(tensor, DTensor):
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        shape, first = compute_local_shape_and_global_offset(
+            tensor.shape, tensor.device_mesh, tensor.placements
+        )
+        start = list(first)
+    elif shard is not None:
+        start[shard.dim] = shard.rank * shape[shard.dim]
+    return tuple(slice(o, o + n) for o, n in zip(start, shape, strict=True))
+
+
+def select(tensor: torch.Tensor, region: Region) -> torch.Tensor:
+    """A part of `tensor`, a view where the region has slices only."""
+    part = tensor[tuple(i if isinstance(i, slice) else slice(None) for i in region)]
+    for dim, index in enumerate(region):
+        if isinstance(index, torch.Tensor):
+            part = part[(slice(None),) * dim + (index,)]
+    return part
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """The plain tensor with this rank's values."""
+    mine: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return mine
+
+
+def agreed(tensor: torch.Tensor, fact: bool) -> bool:
+    """Whether `fact` holds on all ranks with parts of `tensor`; each of them must call this."""
+    if isinstance(tensor, DTensor):
+        groups = tensor.device_mesh.get_all_groups()
+    else:
+        shard = shard_of(tensor)
+        groups = [] if shard is None else [shard.group]
+    flag = torch.tensor(int(fact), device=local(tensor).device)
+    for group in groups:
+        dist.all_reduce(flag, op=dist.ReduceOp.MIN, group=group)
+    return bool(flag)
 
 
 def rows_of(tensor: torch.Tensor) -> int:
@@ -69,9 +110,9 @@ def whole(tensor: Any) -> torch.Tensor:
         full: Any = tensor.full_tensor()
         return cast("torch.Tensor", full.detach())
     shard = shard_of(tensor)
-    local: torch.Tensor = tensor.detach()
+    mine: torch.Tensor = tensor.detach()
     if shard is None:
-        return local
-    parts = [torch.empty_like(local) for _ in range(shard.count)]
-    dist.all_gather(parts, local.contiguous(), group=shard.group)
+        return mine
+    parts = [torch.empty_like(mine) for _ in range(shard.count)]
+    dist.all_gather(parts, mine.contiguous(), group=shard.group)
     return torch.cat(parts, dim=shard.dim)

@@ -12,36 +12,80 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.reading import AS_IT_IS, Reading
 from vllm_graft.weights.rows import Part, rows_in
-from vllm_graft.weights.shards import Shard, cut, shard_of, whole_shape
+from vllm_graft.weights.shards import Region, agreed, local, region_of, whole_shape
 
 
 @torch.no_grad()
-def write(param: torch.Tensor, loaded_weight: torch.Tensor, row: Part = None) -> None:
-    """Copy a full tensor into `param`, or into a part of its dim 0.
+def write(
+    param: torch.Tensor,
+    loaded_weight: torch.Tensor,
+    row: Part = None,
+    reading: Reading = AS_IT_IS,
+) -> None:
+    """Copy this rank's share of a full tensor into `param`, or into a part of its dim 0.
 
     Args:
-        param: `[...]`, plain or DTensor, whose shard is cut out here; values are
-            converted to its dtype.
+        param: `[...]`, plain or DTensor; values are converted to its dtype. Only the share
+            that it is of the whole is read.
         loaded_weight: `[...]` of the same shape; without dim 0 for one row, and with
             `len(row)` rows for several.
         row: index or indices into dim 0 of the whole (unsharded) parameter.
+        reading: what the tensor needs before.
     """
     noted = getattr(param, "rows_written", None)
     if noted is not None:
         noted.add(row)
     _same_shape(loaded_weight, _shape(whole_shape(param), row))
-    if isinstance(param, DTensor):
-        _write_shard(param, loaded_weight, row)
-    elif (shard := shard_of(param)) is not None:
-        _write_share(param, loaded_weight, row, shard)
-    elif row is None:
-        param.copy_(loaded_weight)
+    mine, (rows, values) = local(param), _share(param, loaded_weight, row, reading)
+    if rows is None:
+        mine.copy_(values)
     else:
-        _put_rows(param, *_several(row, loaded_weight))
+        _put_rows(mine, rows, values)
+
+
+@torch.no_grad()
+def holds(param: torch.Tensor, tensor: torch.Tensor, row: Part, reading: Reading) -> bool:
+    """Whether `write` would change nothing, on any rank; all ranks must call this.
+
+    Unknown on meta, and taken as yes.
+    """
+    if param.is_meta:
+        return True
+    mine, (rows, values) = local(param), _share(param, tensor, row, reading)
+    held = mine if rows is None else mine[rows]
+    return agreed(param, torch.equal(held, values.to(dtype=held.dtype, device=held.device)))
+
+
+def _share(
+    param: torch.Tensor, tensor: torch.Tensor, row: Part, reading: Reading
+) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What this rank writes: rows of its local tensor (None: all of them) and their values."""
+    region = region_of(param)
+    if row is None:
+        return None, _values(param, tensor, region, reading)
+    several = isinstance(row, tuple)
+    rows = torch.tensor(row if several else [row])
+    here = (rows >= region[0].start) & (rows < region[0].stop)
+    if several:
+        values = _values(param, tensor, (here.nonzero()[:, 0], *region[1:]), reading)
+    elif here:
+        values = _values(param, tensor, region[1:], reading)[None]
+    else:
+        values = local(param)[:0]
+    return rows[here] - region[0].start, values
+
+
+def _values(
+    param: torch.Tensor, tensor: torch.Tensor, region: Region, reading: Reading
+) -> torch.Tensor:
+    if param.is_meta:
+        # vLLM's reload asks how much a write would copy: nothing need be read for that.
+        tensor, reading = tensor.to("meta"), Reading(reading.order)
+    return reading.take(tensor, region, param.dtype)
 
 
 def note_writes(tensor: Any) -> None:
@@ -55,11 +99,14 @@ def note_writes(tensor: Any) -> None:
         tensor.rows_written = set()
 
 
-def check(where: str, tensor: torch.Tensor, param: torch.Tensor, row: Part) -> None:
+def check(
+    where: str, tensor: torch.Tensor, param: torch.Tensor, row: Part, reading: Reading = AS_IT_IS
+) -> None:
     """Raise if `tensor` cannot be (a part of) `param`.
 
     Raises:
-        WeightError: a row out of range, another shape, or quantized values.
+        WeightError: a row out of range, another shape, a row order for another number of
+            rows, or quantized values without a scale.
     """
     whole = whole_shape(param)
     last = max(rows_in([row]), default=-1)
@@ -77,11 +124,13 @@ def check(where: str, tensor: torch.Tensor, param: torch.Tensor, row: Part) -> N
             f"{where}: shape {tuple(tensor.shape)} does not fit {tuple(expected)}{of}{hint}"
         )
     quantized = tensor.element_size() == 1 or not tensor.is_floating_point()
-    if wide_float(param) and quantized:
+    if wide_float(param) and quantized and reading.scale is None:
         raise WeightError(
             f"{where}: dtype {tensor.dtype} for a {param.dtype} parameter looks quantized; "
             "dequantize it with its scale first"
         )
+    if reading.order is not None:
+        reading.order.check(where, tensor)
 
 
 def wide_float(param: torch.Tensor) -> bool:
@@ -89,18 +138,22 @@ def wide_float(param: torch.Tensor) -> bool:
     return param.is_floating_point() and param.element_size() > 1
 
 
-def put(where: str, tensor: torch.Tensor, param: Any, row: Part) -> None:
+def put(where: str, tensor: torch.Tensor, param: Any, row: Part, reading: Reading) -> None:
     """Write through the parameter's `weight_loader`, where it has one.
+
+    One that is not `write` gets whole tensors that need nothing more.
 
     Raises:
         WeightError: the loader refused; its reason is in the text.
     """
     loader = getattr(param, "weight_loader", write)
+    more: dict[str, Any] = {} if row is None else {"row": row}
+    if _is_ours(param):
+        more["reading"] = reading
+    else:
+        tensor = reading.whole(tensor, param.dtype)
     try:
-        if row is None:
-            loader(param, tensor)
-        else:
-            loader(param, tensor, row=row)
+        loader(param, tensor, **more)
     except (RuntimeError, AssertionError, ValueError, TypeError) as error:
         raise WeightError(
             f"{where}: cannot write shape {tuple(tensor.shape)} to {tuple(param.shape)}: {error}"
@@ -125,48 +178,10 @@ def _same_shape(tensor: torch.Tensor, expected: torch.Size) -> None:
         raise ValueError(f"expected shape {tuple(expected)}, got {tuple(tensor.shape)}")
 
 
-def _several(row: Part, tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row indices `[rows]` and their values `[rows, ...]`, one row being one of several."""
-    if isinstance(row, tuple):
-        return torch.tensor(row), tensor
-    return torch.tensor([row]), tensor[None]
-
-
-def _put_rows(local: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+def _put_rows(mine: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
     # vLLM's reload counts what `copy_` writes; elements written otherwise are lost in an update.
     steps = rows.diff() != 1
     starts = [0, *(steps.nonzero().flatten() + 1).tolist()] if len(rows) else []
     for start, end in pairwise([*starts, len(rows)]):
         first = int(rows[start])
-        local[first : first + end - start].copy_(values[start:end])
-
-
-def _write_share(param: torch.Tensor, tensor: torch.Tensor, row: Part, shard: Shard) -> None:
-    """Every rank has the whole tensor: each keeps its share, nothing is sent."""
-    if row is None:
-        param.copy_(cut(tensor, shard))
-        return
-    rows, values = _several(row, tensor)
-    if shard.dim != 0:
-        _put_rows(param, rows, cut(values, shard))
-        return
-    mine = rows // param.shape[0] == shard.rank
-    _put_rows(param, rows[mine] % param.shape[0], values[mine])
-
-
-def _write_shard(param: DTensor, tensor: torch.Tensor, row: Part) -> None:
-    """Every rank has the whole tensor: each keeps its slice, nothing is sent."""
-    tensor = tensor.to(dtype=param.dtype, device=param.device)
-    if row is None:
-        sharded = distribute_tensor(tensor, param.device_mesh, param.placements, src_data_rank=None)
-        param.copy_(sharded)
-        return
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    shape, offset = compute_local_shape_and_global_offset(
-        param.shape, param.device_mesh, param.placements
-    )
-    rows, values = _several(row, tensor)
-    mine = (rows >= offset[0]) & (rows < offset[0] + shape[0])
-    here = [slice(o, o + n) for o, n in zip(offset[1:], shape[1:], strict=True)]
-    _put_rows(param.to_local(), rows[mine] - offset[0], values[mine][(slice(None), *here)])
+        mine[first : first + end - start].copy_(values[start:end])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vllm_graft import RowOrder, WeightError, load_external_weights
-from vllm_graft.weights.fp8 import dequantize
+from vllm_graft.weights.fp8 import check_scale, dequantize
 from vllm_graft.weights.load import Load
 from vllm_graft.weights.slots import tied_names
 
@@ -235,4 +235,4 @@ def test_a_scale_that_is_no_number_is_refused(value):
     weight, scale = torch.ones(130, 4).to(torch.float8_e4m3fn), torch.ones(2, 1)
     scale[1] = value
     with pytest.raises(WeightError, match="'w_scale_inv' has NaN or infinity"):
-        dequantize("w", weight, scale, torch.float32)
+        check_scale("w", weight, scale)

@@ -62,6 +62,8 @@ def engine(checkpoint: Path, arch: str | None = None, **options: Any) -> Iterato
     """
     from vllm import LLM
 
+    if options.get("distributed_executor_backend") == "external_launcher":
+        _name_shared_memory_by_job()
     defaults = {
         "max_model_len": 512,
         "enforce_eager": True,
@@ -78,6 +80,18 @@ def engine(checkpoint: Path, arch: str | None = None, **options: Any) -> Iterato
         llm.llm_engine.engine_core.shutdown()
         del llm
         gc.collect()
+
+
+def _name_shared_memory_by_job() -> None:
+    """Let torchrun jobs run at the same time: vLLM 0.32 gives the shared memory of all one name."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed
+
+    stock, port = _CPUSHMDistributed.make_group_name, os.environ["MASTER_PORT"]
+
+    def make_group_name(communicator: Any) -> str:
+        return f"{stock(communicator)}-{port}"
+
+    _CPUSHMDistributed.make_group_name = staticmethod(make_group_name)
 
 
 def adapter(llm: Any) -> Any:

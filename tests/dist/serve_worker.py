@@ -1,7 +1,8 @@
 """One rank: serve a checkpoint under tensor parallelism, train on what was generated.
 
-Run by torchrun: `serve_worker.py ARCH CHECKPOINT DTYPE RESULT`. With the external
-launcher every rank holds its live module shard, so serving and training meet here.
+Run by torchrun: `serve_worker.py MODEL CHECKPOINT DTYPE RESULT`, MODEL being a built-in
+architecture or `package.module:factory`. With the external launcher every rank holds its
+live module shard, so serving and training meet here.
 """
 
 from __future__ import annotations
@@ -16,26 +17,26 @@ import torch
 import torch.distributed as dist
 
 import vllm_graft
+from tests.serve.moe_checks import LENGTHS
 from tests.serve.test_exactness import count_equal
 from tests.support import engine, generate, live_module, prompts, sampled_logprobs
 from vllm_graft.serve.registry import BUILT_IN
 from vllm_graft.weights.shards import whole
 
-LENGTHS = (1, 2, 5, 17, 64, 130)
-
 
 def main() -> None:
     """Write what this rank saw to RESULT.rank."""
-    arch, checkpoint, dtype, result = sys.argv[1:]
-    vllm_graft.register(arch, BUILT_IN[arch])
-    tokens = prompts(LENGTHS)
+    model, checkpoint, dtype, result = sys.argv[1:]
+    arch = model if model in BUILT_IN else "Mine"
+    vllm_graft.register(arch, BUILT_IN.get(model, model))
     size = int(os.environ["WORLD_SIZE"])
     with engine(
         Path(checkpoint), arch, dtype=dtype, seed=0, tensor_parallel_size=size,
         distributed_executor_backend="external_launcher",
     ) as llm:  # fmt: skip
+        tokens = prompts(LENGTHS, llm.llm_engine.model_config.get_vocab_size())
         module = live_module(llm)
-        made = generate(llm, tokens, max_tokens=16)
+        made = generate(llm, tokens)
         equal = count_equal(module, tokens, made)
         hidden = module(torch.arange(40)[None])
         loss = module.compute_logits(hidden).float().log_softmax(-1)[..., 7].mean()
@@ -48,6 +49,7 @@ def main() -> None:
             "shapes": {name: tuple(p.shape) for name, p in module.named_parameters()},
             "loss": float(loss.detach()),
             "grads": grads,
+            "exported": dict(vllm_graft.export_weights(module.model, module.name_mapping)),
         }
         torch.save(saved, f"{result}.{dist.get_rank()}")
 

@@ -1,18 +1,15 @@
-"""Megatron's tensor parallelism at size 2: one rank's tokens and gradients, vLLM's own tokens."""
+"""Megatron's tensor parallelism at size 2: one rank's numbers, vLLM's own tokens."""
 
 from __future__ import annotations
-
-import json
 
 import pytest
 import torch
 
 from examples.custom_models.megatron_gpt import ARCH
 from examples.custom_models.megatron_names import gate_up_rows
-from tests.dist.launch import torchrun
-from tests.dist.test_torchtitan_tp import run
+from tests.dist.checks import COMPARED, check_two_ranks, run, stock_tokens
 from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint, qwen2_checkpoint
-from tests.support import qwen3_checkpoint, relative_error
+from tests.support import qwen3_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -26,20 +23,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_two_ranks_do_what_one_does(model, tmp_path):
+def test_two_ranks_do_what_one_does_and_vllms_own_model(model, tmp_path):
     checkpoint = MODELS[model](tmp_path / "checkpoint")
-    (alone,) = run(1, ARCH, checkpoint, "float32")
-    ranks = run(2, ARCH, checkpoint, "float32")
-    for rank in ranks:
-        assert rank["tokens"] == alone["tokens"]
-        assert rank["equal"] == (96, 96)
-        halves = [n for n, shape in rank["shapes"].items() if shape != alone["shapes"][n]]
-        assert len(halves) > len(rank["shapes"]) // 3
-        # fp32: row-parallel products add two partial sums.
-        assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-        for name, grad in alone["grads"].items():
-            assert relative_error(in_one_piece(name, rank["grads"][name]), grad) < 1e-5, name
-    assert ranks[0]["logprobs"] == ranks[1]["logprobs"]
+    assert check_two_ranks(ARCH, checkpoint, in_one_piece) == stock_tokens(2, checkpoint)
 
 
 def in_one_piece(name: str, whole: torch.Tensor) -> torch.Tensor:
@@ -53,16 +39,4 @@ def in_one_piece(name: str, whole: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("model", ["qwen3", "deepseek v3"])
 def test_engine_and_training_agree_in_bfloat16(model, tmp_path):
     for rank in run(2, ARCH, MODELS[model](tmp_path / "checkpoint"), "bfloat16"):
-        assert rank["equal"] == (96, 96)
-
-
-@pytest.mark.parametrize("model", ["qwen3", "llama", "deepseek v3"])
-def test_greedy_tokens_are_those_of_vllms_own_model_on_two_ranks(model, tmp_path):
-    checkpoint = MODELS[model](tmp_path / "checkpoint")
-    results = []
-    for arch in (ARCH, "stock"):
-        result = tmp_path / f"{arch}.json"
-        torchrun(2, "tests.dist.tokens_worker", arch, str(checkpoint), str(result))
-        results.append(json.loads(result.read_text()))
-    mine, stock = results
-    assert len(mine) == 16 and mine == stock
+        assert rank["equal"] == COMPARED

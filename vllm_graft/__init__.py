@@ -32,6 +32,7 @@ _HOME = {
     "interleave_rope_rows": "vllm_graft.weights.rows",
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
+    "TrainableLLM": "vllm_graft.train.llm",
     "register": "vllm_graft.serve.registry",
     "RegistrationError": "vllm_graft.serve.registry",
 }
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
+    from vllm_graft.train.llm import TrainableLLM as TrainableLLM
     from vllm_graft.weights.account import LoadReport as LoadReport
     from vllm_graft.weights.errors import WeightError as WeightError
     from vllm_graft.weights.export import export_weights as export_weights

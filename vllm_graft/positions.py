@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
+from typing import Any
 
 import torch
 from torch import nn
@@ -155,6 +156,33 @@ def packed(cu_seqlens: torch.Tensor | Sequence[int]) -> Iterator[TokenBatch]:
     batch = TokenBatch(positions=positions_of(borders), cu_seqlens=borders, serial=next(_SERIALS))
     with running(batch):
         yield batch
+
+
+def resume_in_backward(hidden: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+    """`hidden`, whose backward runs in `batch` again, however late it comes.
+
+    Activation checkpointing recomputes the layers below in backward, and must
+    find the borders and positions of their forward.
+    """
+    resumed: torch.Tensor = _Resume.apply(hidden, batch)  # type: ignore[no-untyped-call]
+    return resumed
+
+
+class _Resume(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: torch.Tensor, batch: TokenBatch) -> torch.Tensor:
+        ctx.batch = batch
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        before, _HOLDER.batch = _HOLDER.batch, ctx.batch
+
+        def restore() -> None:
+            _HOLDER.batch = before
+
+        torch.autograd.Variable._execution_engine.queue_callback(restore)
+        return grad, None
 
 
 def store_positions_in_context(positions: torch.Tensor | None) -> None:

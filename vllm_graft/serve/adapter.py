@@ -80,8 +80,7 @@ class GraftForCausalLM(nn.Module):
         **kwargs: Any,
     ) -> torch.Tensor:
         """Hidden states `[T, D]` for vLLM's flat batch of T tokens."""
-        if self._loading.refusal is not None:
-            raise WeightError(f"{self.arch} refuses to serve: {self._loading.refusal}")
+        self.check_servable()
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(f"{self.arch}: prompt embeddings are not supported; send token ids")
         if positions.dim() != 1:
@@ -90,6 +89,15 @@ class GraftForCausalLM(nn.Module):
         with evaluating(self._user_modules()):
             hidden: torch.Tensor = self._body(input_ids, positions)
         return hidden
+
+    def check_servable(self) -> None:
+        """Raise if the weights are incomplete.
+
+        Raises:
+            WeightError: a load broke off or left something out.
+        """
+        if self._loading.refusal is not None:
+            raise WeightError(f"{self.arch} refuses to serve: {self._loading.refusal}")
 
     def _new_forward(self) -> None:
         for paged in self._paged:
@@ -163,6 +171,13 @@ class GraftForCausalLM(nn.Module):
             logits: torch.Tensor = self.model.compute_logits(hidden_states)  # type: ignore[operator]
         # Rows that only pad the vocabulary are no tokens.
         return logits[..., : self._vocab_size]
+
+    def training_hidden(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Hidden states `[T, D]` with gradient, for the batch in `packed(...)`."""
+        if self._body.batched:
+            input_ids, positions = input_ids[None], positions[None]
+        hidden: torch.Tensor = self.model(input_ids, positions=positions)
+        return hidden.flatten(0, 1) if hidden.dim() == 3 else hidden
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load; see `Loading.take`."""

@@ -1,0 +1,1 @@
+"""Training the module that serves: live engines, exact log-probabilities, optimizers."""

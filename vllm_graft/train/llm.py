@@ -1,0 +1,164 @@
+"""`TrainableLLM`: a vLLM engine and the module that it serves, in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from vllm import LLM, SamplingParams
+
+from vllm_graft.serve import _vllm_engine
+from vllm_graft.serve._vllm import EXACT_OPTION
+from vllm_graft.serve.registry import register
+from vllm_graft.train.scoring import Scorer
+from vllm_graft.train.watch import WeightWatch
+
+
+class TrainableLLM(LLM):
+    """`vllm.LLM` whose `model` is trained in place: one copy of the weights.
+
+    `model` is what the factory returned, an ordinary trainable module. Whatever writes
+    into its parameters (an optimizer, `load_state_dict`, `copy_`, `.data`), the next
+    generation uses the new values, and keys and values that old ones made are dropped.
+
+    Requests in flight when weights change go on: their keys and values are computed anew
+    by the new weights, the tokens they have stay. Every reported log-probability is the one
+    of the weights that sampled the token. Writes through `.data` are noticed when no
+    request is running, or by `weights_changed()`.
+
+    Under tensor parallelism the script runs under `torchrun`, one process per rank;
+    every rank makes the same calls and holds its shard.
+
+    Args:
+        model: checkpoint folder.
+        factory: `factory(vllm_config, parallel_context) -> nn.Module`, or "module:attr".
+        arch: a registered architecture instead, or the name to register `factory` under.
+        exact: log-probabilities do not depend on how tokens were batched.
+        **options: anything that `vllm.LLM` takes.
+
+    Raises:
+        ValueError: neither `factory` nor `arch`, or tensor parallelism without torchrun.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        factory: Callable[..., nn.Module] | str | None = None,
+        arch: str | None = None,
+        exact: bool = True,
+        **options: Any,
+    ) -> None:
+        with _vllm_engine.in_this_process():
+            super().__init__(str(model), **engine_options(factory, arch, exact, options))
+        core = _vllm_engine.core_of(self.llm_engine)
+        self._adapter = _vllm_engine.adapter_of(core)
+        self.model: nn.Module = self._adapter.model
+        self._scorer = Scorer(self._adapter, self.model_config)
+        self._watch = WeightWatch(self.model)
+        self._unchecked = False
+        _vllm_engine.before_each_step(core, self._before_step)
+
+    def weights_changed(self) -> None:
+        """Say that weights changed: nothing computed with the old ones is used again.
+
+        Needed only for writes that escape tensor versions (`.data`, foreign code on the
+        same memory) while requests are running.
+        """
+        self._unchecked = True
+
+    def token_logprobs(
+        self,
+        sequences: Sequence[Sequence[int]],
+        prompt_lens: Sequence[int],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[torch.Tensor]:
+        """Differentiable log-probabilities of the tokens after each prompt.
+
+        Equal, bit for bit, to what the engine reports for tokens that it sampled with these
+        weights, in the engine's `logprobs_mode` (`raw_logprobs` or `processed_logprobs`).
+
+        Args:
+            sequences: B token lists, prompt and completion.
+            prompt_lens: how many tokens of each are its prompt.
+            sampling_params: those of the generation, one for all or one each; they matter
+                in `processed_logprobs` mode. Default: the model's own.
+
+        Returns:
+            B float32 tensors, one number per token after the prompt.
+
+        Raises:
+            ValueError: lengths, tokens or parameters that no generation can have had.
+        """
+        params = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        return self._scorer.token_logprobs(sequences, prompt_lens, params)
+
+    def _before_step(self, idle: bool) -> None:
+        try:
+            self._take_up_changes(thorough=idle)
+        except Exception:
+            _vllm_engine.abort_all(self.llm_engine)
+            raise
+
+    def _take_up_changes(self, *, thorough: bool) -> None:
+        """Serve what the module holds now, or refuse."""
+        self._adapter.check_servable()
+        changed = self._watch.changed(thorough=thorough and not self._unchecked)
+        self._unchecked |= changed
+        if not _vllm_engine.any_rank(self._unchecked):
+            return
+        self._watch.check_finite()
+        _vllm_engine.forget_cached(_vllm_engine.core_of(self.llm_engine))
+        self._unchecked = False
+
+
+def engine_options(
+    factory: Callable[..., nn.Module] | str | None,
+    arch: str | None,
+    exact: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What `vllm.LLM` gets, with the architecture registered.
+
+    Raises:
+        ValueError: see `TrainableLLM`.
+    """
+    if factory is None and arch is None:
+        raise ValueError(
+            "TrainableLLM needs the model's factory (factory='module:attr' or a callable) or the "
+            "name of a registered architecture (arch='...')"
+        )
+    if factory is not None:
+        arch = arch or _name_for(factory)
+        register(arch, factory)
+    overrides = options.pop("hf_overrides", None) or {}
+    if callable(overrides):
+        raise ValueError("TrainableLLM: hf_overrides must be a dict")
+    extra = dict(options.pop("additional_config", None) or {})
+    _arrange_ranks(options)
+    return {
+        **options,
+        "hf_overrides": {**overrides, "architectures": [arch]},
+        "additional_config": {**extra, EXACT_OPTION: exact},
+    }
+
+
+def _name_for(factory: Callable[..., nn.Module] | str) -> str:
+    named = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
+    return "Graft_" + "".join(c if c.isalnum() else "_" for c in named)
+
+
+def _arrange_ranks(options: dict[str, Any]) -> None:
+    """Run tensor-parallel ranks where torchrun put them: each holds its live shard."""
+    ranks = int(options.get("tensor_parallel_size", 1))
+    if ranks == 1:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) != ranks:
+        raise ValueError(
+            f"TrainableLLM with tensor_parallel_size={ranks} runs in {ranks} processes, one live "
+            f"shard each: start the script with torchrun --nproc-per-node {ranks}"
+        )
+    options.setdefault("distributed_executor_backend", "external_launcher")

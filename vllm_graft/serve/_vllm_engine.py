@@ -1,4 +1,4 @@
-"""A live engine in this process: its steps, its cache, its requests (vLLM internals, as `_vllm.py`).
+"""A live engine in this process: its steps, cache and requests (vLLM internals, as `_vllm.py`).
 
 Tested with vLLM 0.32 by `tests/contract`.
 """

@@ -35,15 +35,14 @@ def processed_logits(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.
 
     metadata = _metadata(logits, rows)
     sampler = Sampler("processed_logprobs")
-    out = logits.detach().to(torch.float32, copy=True)
+    out: torch.Tensor = logits.detach().to(torch.float32, copy=True)
     out = sampler.apply_logits_processors(out, metadata, False)
-    if metadata.all_greedy:
-        return out
-    out = sampler.apply_temperature(out, metadata.temperature, metadata.all_random)
-    for processor in metadata.logitsprocs.argmax_invariant:
-        out = processor.apply(out)
-    processed: torch.Tensor = apply_top_k_top_p(out, metadata.top_k, metadata.top_p)
-    return processed
+    if not metadata.all_greedy:
+        out = sampler.apply_temperature(out, metadata.temperature, metadata.all_random)
+        for processor in metadata.logitsprocs.argmax_invariant:
+            out = processor.apply(out)
+        out = apply_top_k_top_p(out, metadata.top_k, metadata.top_p)
+    return out
 
 
 def _metadata(logits: torch.Tensor, rows: Sequence[SampledRow]) -> Any:
@@ -99,9 +98,7 @@ def _processors(rows: Sequence[SampledRow], device: torch.device) -> Any:
     both = [LogitBiasLogitsProcessor(size, device, False), MinPLogitsProcessor(size, device, False)]
     added = [(i, r.params, list(r.prompt), list(r.before)) for i, r in enumerate(rows)]
     for processor in both:
-        processor.update_state(
-            BatchUpdate(batch_size=len(rows), removed=[], added=added, moved=[])
-        )
+        processor.update_state(BatchUpdate(batch_size=len(rows), removed=[], added=added, moved=[]))
     return LogitsProcessors(both)
 
 

@@ -17,7 +17,7 @@ from vllm_graft.train.scoring import Scorer
 from vllm_graft.train.watch import WeightWatch
 
 
-class TrainableLLM(LLM):
+class TrainableLLM(LLM):  # type: ignore[misc]
     """`vllm.LLM` whose `model` is trained in place: one copy of the weights.
 
     `model` is what the factory returned, an ordinary trainable module. Whatever writes

@@ -75,9 +75,7 @@ def _slopes(
             biased = logits[row].float()
             for token, bias in (p.logit_bias or {}).items():
                 biased[token] += bias
-            factor = torch.where(
-                biased[index] > 0, 1 / p.repetition_penalty, p.repetition_penalty
-            )
+            factor = torch.where(biased[index] > 0, 1 / p.repetition_penalty, p.repetition_penalty)
             slopes[row, index] = factor
         if p.temperature >= 1e-5:
             slopes[row] /= p.temperature

@@ -101,9 +101,7 @@ def _process(
             SampledRow(
                 params[row.sample],
                 sequences[row.sample][: prompt_lens[row.sample]],
-                sequences[row.sample][
-                    prompt_lens[row.sample] : prompt_lens[row.sample] + row.step
-                ],
+                sequences[row.sample][prompt_lens[row.sample] : prompt_lens[row.sample] + row.step],
             )
             for row in rows
         ]

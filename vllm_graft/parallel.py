@@ -16,14 +16,18 @@ class ParallelContext:
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
     data_parallel_size: int = 1
+    expert_parallel_size: int = 1
+    """Ranks that share the experts between them; 1 without vLLM's `enable_expert_parallel`."""
 
     @classmethod
     def from_config(cls, parallel_config: Any) -> ParallelContext:
         """Read the sizes from a `vllm.config.ParallelConfig`."""
+        tp, dp = parallel_config.tensor_parallel_size, parallel_config.data_parallel_size
         return cls(
-            tensor_model_parallel_size=parallel_config.tensor_parallel_size,
+            tensor_model_parallel_size=tp,
             pipeline_model_parallel_size=parallel_config.pipeline_parallel_size,
-            data_parallel_size=parallel_config.data_parallel_size,
+            data_parallel_size=dp,
+            expert_parallel_size=tp * dp if parallel_config.enable_expert_parallel else 1,
         )
 
     def get_tensor_parallel_world_size(self) -> int:
@@ -37,6 +41,10 @@ class ParallelContext:
     def get_data_parallel_size(self) -> int:
         """Number of data-parallel replicas."""
         return self.data_parallel_size
+
+    def get_expert_parallel_world_size(self) -> int:
+        """Number of ranks that share the experts between them."""
+        return self.expert_parallel_size
 
     def get_tensor_parallel_rank(self) -> int:
         """This process's tensor-parallel rank; 0 before vLLM initialized its groups."""

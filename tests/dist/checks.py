@@ -18,10 +18,13 @@ COMPARED = (1024, 1024)
 """64 tokens for each of 16 prompts."""
 
 
-def run(ranks: int, arch: str, checkpoint: Path, dtype: str) -> list[dict[str, Any]]:
-    """What every rank of `serve_worker` saw."""
+def run(
+    ranks: int, arch: str, checkpoint: Path, dtype: str, **options: bool
+) -> list[dict[str, Any]]:
+    """What every rank of `serve_worker` saw, with these options of the engine."""
     result = checkpoint.parent / f"{dtype}.{ranks}"
-    torchrun(ranks, "tests.dist.serve_worker", arch, str(checkpoint), dtype, str(result))
+    arguments = (arch, str(checkpoint), dtype, str(result), json.dumps(options))
+    torchrun(ranks, "tests.dist.serve_worker", *arguments)
     return [torch.load(f"{result}.{rank}") for rank in range(ranks)]
 
 
@@ -37,6 +40,7 @@ def check_two_ranks(
     arch: str,
     checkpoint: Path,
     in_one_piece: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, gradient: gradient,
+    **options: bool,
 ) -> list[list[int]]:
     """Two ranks do what one does, in float32; returns their tokens.
 
@@ -44,9 +48,10 @@ def check_two_ranks(
         arch: a built-in architecture.
         checkpoint: in Hugging Face format, of float32 tensors.
         in_one_piece: a gathered gradient by its name, in the order that one rank has.
+        options: of the engine with two ranks.
     """
     (alone,) = run(1, arch, checkpoint, "float32")
-    ranks = run(2, arch, checkpoint, "float32")
+    ranks = run(2, arch, checkpoint, "float32", **options)
     for rank in ranks:
         assert rank["tokens"] == alone["tokens"]
         assert rank["equal"] == COMPARED

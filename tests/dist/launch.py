@@ -18,5 +18,6 @@ def torchrun(ranks: int, module: str, *arguments: str) -> str:
         command, cwd=ROOT, env={**os.environ, **binding}, capture_output=True, text=True,
         timeout=300, check=False,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-4000:]
+    # The first rank that failed comes before torchrun's own report.
+    assert done.returncode == 0, done.stderr[done.stderr.find("Traceback") :][:8000]
     return done.stdout

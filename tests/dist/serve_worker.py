@@ -1,12 +1,13 @@
 """One rank: serve a checkpoint under tensor parallelism, train on what was generated.
 
-Run by torchrun: `serve_worker.py MODEL CHECKPOINT DTYPE RESULT`, MODEL being a built-in
-architecture or `package.module:factory`. With the external launcher every rank holds its
-live module shard, so serving and training meet here.
+Run by torchrun: `serve_worker.py MODEL CHECKPOINT DTYPE RESULT OPTIONS`, MODEL being a
+built-in architecture or `package.module:factory`, OPTIONS those of the engine in JSON. With
+the external launcher every rank holds its live module shard, so serving and training meet here.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -26,13 +27,13 @@ from vllm_graft.weights.shards import whole
 
 def main() -> None:
     """Write what this rank saw to RESULT.rank."""
-    model, checkpoint, dtype, result = sys.argv[1:]
+    model, checkpoint, dtype, result, options = sys.argv[1:]
     arch = model if model in BUILT_IN else "Mine"
     vllm_graft.register(arch, BUILT_IN.get(model, model))
     size = int(os.environ["WORLD_SIZE"])
     with engine(
         Path(checkpoint), arch, dtype=dtype, seed=0, tensor_parallel_size=size,
-        distributed_executor_backend="external_launcher",
+        distributed_executor_backend="external_launcher", **json.loads(options),
     ) as llm:  # fmt: skip
         tokens = prompts(LENGTHS, llm.llm_engine.model_config.get_vocab_size())
         module = live_module(llm)

@@ -112,6 +112,12 @@ def test_experts_without_tokens_get_gradients_of_zero():
     assert int((per_expert > 0).sum()) == TOP_K and int((per_expert == 0).sum()) == 5
 
 
+def test_experts_get_gradients_of_zero_when_no_token_chose_any():
+    stacks = corrected().routed_experts.inner_experts
+    stacks(torch.empty(0, DIM), torch.zeros(8, dtype=torch.int64)).sum().backward()
+    assert all(not parameter.grad.any() for parameter in stacks.parameters())
+
+
 def test_the_uncorrected_experts_are_wrong_in_float32():
     """Fails when TorchTitan computes experts in their own dtype; the correction can then go."""
     x = torch.randn(40, DIM)

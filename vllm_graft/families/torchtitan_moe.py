@@ -64,6 +64,13 @@ def routers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
+def expert_stacks(model: nn.Module) -> dict[str, Any]:
+    """TorchTitan's `GroupedExperts` in `model` by qualified name."""
+    moe = sys.modules.get(_MOE)
+    kind = () if moe is None else moe.GroupedExperts
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
 def _feed_forward(module: Any, x: torch.Tensor) -> torch.Tensor:
     out: torch.Tensor = module.w2(exact.silu(module.w1(x)) * module.w3(x))
     return out
@@ -178,7 +185,8 @@ def experts(
     weights = zip(w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True)
     outputs = [x_RD[:0]]
     for rows, (w1, w2, w3) in zip(x_RD.split(counts_E.tolist()), weights, strict=True):
-        if len(rows):
+        # Without any row all run, so that their gradients are zero and not None.
+        if len(rows) or not len(x_RD):
             hidden = exact.silu(exact.linear(rows, w1, None)) * exact.linear(rows, w3, None)
             outputs.append(exact.linear(hidden, w2, None))
     return torch.cat(outputs)

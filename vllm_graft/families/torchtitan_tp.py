@@ -1,4 +1,4 @@
-"""TorchTitan's own tensor parallelism on vLLM's ranks.
+"""TorchTitan's own tensor parallelism on vLLM's ranks, with experts divided among them if asked.
 
 The model's configs carry the sharding (`set_qwen3_sharding_config` and the
 like, called before `build()`); `parallelize` applies it. TorchTitan 0.3's
@@ -19,6 +19,7 @@ from torch import nn
 
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact
+from vllm_graft.families.torchtitan_ep import check_expert_parallel, divide_experts
 from vllm_graft.weights.shards import Shard, mark_shard
 from vllm_graft.weights.slots import Slot, tensor_in, tied_names
 
@@ -29,15 +30,18 @@ class TitanParallel:
     Args:
         model: TorchTitan's, attention replaced, built from configs with sharding.
         parallel_context: vLLM's, from the factory; None for one rank.
+
+    Raises:
+        ValueError: heads or experts that the ranks cannot share.
     """
 
     def __init__(self, model: nn.Module, parallel_context: Any) -> None:
-        size = 1
-        if parallel_context is not None:
-            size = parallel_context.get_tensor_parallel_world_size()
         self._mesh: Any = None
-        if size > 1:
-            self._mesh = _parallelize(model, size)
+        if parallel_context is None:
+            return
+        check_expert_parallel(model, parallel_context)
+        if parallel_context.get_tensor_parallel_world_size() > 1:
+            self._mesh = _parallelize(model, parallel_context)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -62,7 +66,8 @@ class TitanParallel:
         return whole
 
 
-def _parallelize(model: Any, tp_size: int) -> Any:
+def _parallelize(model: Any, parallel_context: Any) -> Any:
+    tp_size = parallel_context.get_tensor_parallel_world_size()
     shard_attention(model, tp_size)
     _use_this_device()
     from torchtitan.distributed.parallel_dims import ParallelDims
@@ -78,6 +83,8 @@ def _parallelize(model: Any, tp_size: int) -> Any:
     set_spmd_meshes(dense_mesh=mesh, sparse_mesh=None)
     # TorchTitan wraps each forward, so the exact ones must be in place before.
     make_exact(model)
+    if parallel_context.get_expert_parallel_world_size() > 1:
+        divide_experts(model, mesh["tp"])
     tied = tied_names(model)
     with set_current_spmd_mesh(mesh):
         model.parallelize(dims)

@@ -33,6 +33,7 @@ _HOME = {
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
     "TrainableLLM": "vllm_graft.train.llm",
+    "ServedOptimizer": "vllm_graft.train.optimizer",
     "register": "vllm_graft.serve.registry",
     "RegistrationError": "vllm_graft.serve.registry",
 }
@@ -69,6 +70,7 @@ if TYPE_CHECKING:
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
     from vllm_graft.train.llm import TrainableLLM as TrainableLLM
+    from vllm_graft.train.optimizer import ServedOptimizer as ServedOptimizer
     from vllm_graft.weights.account import LoadReport as LoadReport
     from vllm_graft.weights.errors import WeightError as WeightError
     from vllm_graft.weights.export import export_weights as export_weights

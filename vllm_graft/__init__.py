@@ -33,6 +33,8 @@ _HOME = {
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
     "TrainableLLM": "vllm_graft.train.llm",
+    "verify_exactness": "vllm_graft.train.exactness",
+    "ExactnessReport": "vllm_graft.train.exactness",
     "ServedOptimizer": "vllm_graft.train.optimizer",
     "register": "vllm_graft.serve.registry",
     "RegistrationError": "vllm_graft.serve.registry",
@@ -69,6 +71,8 @@ if TYPE_CHECKING:
     from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
+    from vllm_graft.train.exactness import ExactnessReport as ExactnessReport
+    from vllm_graft.train.exactness import verify_exactness as verify_exactness
     from vllm_graft.train.llm import TrainableLLM as TrainableLLM
     from vllm_graft.train.optimizer import ServedOptimizer as ServedOptimizer
     from vllm_graft.weights.account import LoadReport as LoadReport

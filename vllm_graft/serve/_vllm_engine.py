@@ -68,6 +68,17 @@ def forget_cached(core: Any) -> None:
     core.reset_prefix_cache(reset_running_requests=True)
 
 
+@contextmanager
+def token_budget(core: Any, tokens: int) -> Iterator[None]:
+    """Schedule at most so many tokens per step in the block: longer prompts come in chunks."""
+    scheduler = core.scheduler
+    before, scheduler.max_num_scheduled_tokens = scheduler.max_num_scheduled_tokens, tokens
+    try:
+        yield
+    finally:
+        scheduler.max_num_scheduled_tokens = before
+
+
 def abort_all(llm_engine: Any) -> None:
     """End every unfinished request without an output."""
     llm_engine.abort_request(list(llm_engine.output_processor.request_states), internal=True)

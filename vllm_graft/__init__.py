@@ -33,6 +33,7 @@ _HOME = {
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
     "TrainableLLM": "vllm_graft.train.llm",
+    "TrainableAsyncLLM": "vllm_graft.train.async_llm",
     "verify_exactness": "vllm_graft.train.exactness",
     "ExactnessReport": "vllm_graft.train.exactness",
     "ServedOptimizer": "vllm_graft.train.optimizer",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
+    from vllm_graft.train.async_llm import TrainableAsyncLLM as TrainableAsyncLLM
     from vllm_graft.train.exactness import ExactnessReport as ExactnessReport
     from vllm_graft.train.exactness import verify_exactness as verify_exactness
     from vllm_graft.train.llm import TrainableLLM as TrainableLLM

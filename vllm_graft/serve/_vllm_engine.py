@@ -5,9 +5,12 @@ Tested with vLLM 0.32 by `tests/contract`.
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
@@ -44,20 +47,20 @@ def core_of(llm_engine: Any) -> Any:
     return llm_engine.engine_core.engine_core
 
 
-def before_each_step(core: Any, check: Callable[[bool], None]) -> None:
-    """Call `check(idle)` before every step of the engine.
+def before_each_step(core: Any, ready: Callable[[bool], bool]) -> None:
+    """Ask `ready(idle)` before every step of the engine; the step is left out if it says no.
 
     Relies on `EngineCore.step_fn`, which every client calls, and on
     `scheduler.running`. Can go when vLLM has a hook there.
 
     Args:
-        check: `idle` says that no request has begun; what it raises reaches the caller.
+        ready: `idle` says that no request has begun; what it raises reaches the caller.
     """
     step = core.step_fn
 
     def checked() -> Any:
-        if core.scheduler.has_requests():
-            check(not core.scheduler.running)
+        if core.scheduler.has_requests() and not ready(not core.scheduler.running):
+            return {}, False
         return step()
 
     core.step_fn = checked
@@ -96,3 +99,78 @@ def any_rank(fact: bool) -> bool:
     flag = torch.tensor(int(fact))
     dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=group.cpu_group)
     return bool(flag)
+
+
+def fail_all(llm_engine: Any, core: Any, error: Exception) -> None:
+    """Let every unfinished request of an `AsyncLLM` raise `error`; the engine goes on."""
+    states = llm_engine.output_processor
+    requests = list(states.request_states)
+    states.propagate_error(error)
+    core.abort_requests(requests)
+
+
+@contextmanager
+def async_in_this_process() -> Iterator[None]:
+    """An `AsyncLLM` built in the block has its engine core in this process.
+
+    Relies on `EngineCoreClient.make_async_mp_client`. Can go when vLLM runs
+    `AsyncLLM` without multiprocessing (it raises NotImplementedError up to 0.32).
+    """
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    stock = EngineCoreClient.make_async_mp_client
+
+    def make(vllm_config: Any, executor_class: Any, log_stats: bool, **_: Any) -> Any:
+        return _async_client()(vllm_config, executor_class, log_stats)
+
+    EngineCoreClient.make_async_mp_client = staticmethod(make)
+    try:
+        yield
+    finally:
+        EngineCoreClient.make_async_mp_client = stock
+
+
+@functools.cache
+def _async_client() -> Any:
+    from vllm.v1.engine.core_client import EngineCoreClient, InprocClient
+
+    class InprocAsyncClient(InprocClient):  # type: ignore[misc]
+        """Steps the engine in the event loop's own thread, between other tasks.
+
+        So weights that a task changes never change in the middle of a step.
+        """
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.resources = SimpleNamespace(engine_dead=False)
+            self.engine_ranks_managed = [0]
+            self._work = asyncio.Event()
+
+        def add_request(self, request: Any) -> None:
+            super().add_request(request)
+            self._work.set()
+
+        async def get_output_async(self) -> Any:
+            while not self.engine_core.scheduler.has_requests():
+                self._work.clear()
+                await self._work.wait()
+            await asyncio.sleep(0)
+            return self.get_output()
+
+        def shutdown(self, timeout: float | None = None) -> None:
+            self.resources.engine_dead = True
+            super().shutdown(timeout)
+
+    for name in vars(EngineCoreClient):
+        if name.endswith("_async") and name != "get_output_async":
+            setattr(InprocAsyncClient, name, _awaitable(name.removesuffix("_async")))
+    return InprocAsyncClient
+
+
+def _awaitable(name: str) -> Any:
+    async def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        # Not every client method has a synchronous twin; the core has them all.
+        owner = self if hasattr(type(self), name) else self.engine_core
+        return getattr(owner, name)(*args, **kwargs)
+
+    return call

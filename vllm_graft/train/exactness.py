@@ -118,7 +118,7 @@ def _walk(llm: Any, prompts: list[list[int]], max_tokens: int) -> Iterator[Path]
         yield _count(llm, "trainer under autocast", together)
 
 
-_SAMPLING = {
+_SAMPLING: dict[str, Any] = {
     "temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.001,
     "presence_penalty": 0.1, "repetition_penalty": 1.1,
 }  # fmt: skip
@@ -133,7 +133,8 @@ def _sample(
     params = sampling_params(logprobs=0, ignore_eos=True, detokenize=False, **options)
     for index, prompt in enumerate(prompts):
         engine.add_request(f"exactness-{index}", {"prompt_token_ids": prompt}, params)
-    done, steps = {}, 0
+    done: dict[str, Any] = {}
+    steps = 0
     while engine.has_unfinished_requests():
         steps += 1
         if every and steps % every == 0:

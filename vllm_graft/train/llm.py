@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import nn
 from vllm import LLM, SamplingParams
 
 from vllm_graft.serve import _vllm_engine
-from vllm_graft.serve._vllm import EXACT_OPTION
-from vllm_graft.serve.registry import register
-from vllm_graft.train.scoring import Scorer
-from vllm_graft.train.watch import WeightWatch
+from vllm_graft.train.live import LiveModule
+from vllm_graft.train.options import engine_options
 
 
 class TrainableLLM(LLM):  # type: ignore[misc]
@@ -55,12 +52,9 @@ class TrainableLLM(LLM):  # type: ignore[misc]
         with _vllm_engine.in_this_process():
             super().__init__(str(model), **engine_options(factory, arch, exact, options))
         core = _vllm_engine.core_of(self.llm_engine)
-        self._adapter = _vllm_engine.adapter_of(core)
-        self.model: nn.Module = self._adapter.model
-        self._scorer = Scorer(self._adapter, self.model_config)
-        self._watch = WeightWatch(self.model)
-        self._unchecked = False
-        _vllm_engine.before_each_step(core, self._before_step)
+        self.live = LiveModule(core, self.model_config)
+        self.model: nn.Module = self.live.model
+        _vllm_engine.before_each_step(core, self._ready)
 
     def weights_changed(self) -> None:
         """Say that weights changed: nothing computed with the old ones is used again.
@@ -68,7 +62,7 @@ class TrainableLLM(LLM):  # type: ignore[misc]
         Needed only for writes that escape tensor versions (`.data`, foreign code on the
         same memory) while requests are running.
         """
-        self._unchecked = True
+        self.live.weights_changed()
 
     def token_logprobs(
         self,
@@ -94,71 +88,12 @@ class TrainableLLM(LLM):  # type: ignore[misc]
             ValueError: lengths, tokens or parameters that no generation can have had.
         """
         params = self.get_default_sampling_params() if sampling_params is None else sampling_params
-        return self._scorer.token_logprobs(sequences, prompt_lens, params)
+        return self.live.token_logprobs(sequences, prompt_lens, params)
 
-    def _before_step(self, idle: bool) -> None:
+    def _ready(self, idle: bool) -> bool:
         try:
-            self._take_up_changes(thorough=idle)
+            self.live.take_up_changes(thorough=idle)
         except Exception:
             _vllm_engine.abort_all(self.llm_engine)
             raise
-
-    def _take_up_changes(self, *, thorough: bool) -> None:
-        """Serve what the module holds now, or refuse."""
-        self._adapter.check_servable()
-        changed = self._watch.changed(thorough=thorough and not self._unchecked)
-        self._unchecked |= changed
-        if not _vllm_engine.any_rank(self._unchecked):
-            return
-        self._watch.check_finite()
-        _vllm_engine.forget_cached(_vllm_engine.core_of(self.llm_engine))
-        self._unchecked = False
-
-
-def engine_options(
-    factory: Callable[..., nn.Module] | str | None,
-    arch: str | None,
-    exact: bool,
-    options: dict[str, Any],
-) -> dict[str, Any]:
-    """What `vllm.LLM` gets, with the architecture registered.
-
-    Raises:
-        ValueError: see `TrainableLLM`.
-    """
-    if factory is None and arch is None:
-        raise ValueError(
-            "TrainableLLM needs the model's factory (factory='module:attr' or a callable) or the "
-            "name of a registered architecture (arch='...')"
-        )
-    if factory is not None:
-        arch = arch or _name_for(factory)
-        register(arch, factory)
-    overrides = options.pop("hf_overrides", None) or {}
-    if callable(overrides):
-        raise ValueError("TrainableLLM: hf_overrides must be a dict")
-    extra = dict(options.pop("additional_config", None) or {})
-    _arrange_ranks(options)
-    return {
-        **options,
-        "hf_overrides": {**overrides, "architectures": [arch]},
-        "additional_config": {**extra, EXACT_OPTION: exact},
-    }
-
-
-def _name_for(factory: Callable[..., nn.Module] | str) -> str:
-    named = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
-    return "Graft_" + "".join(c if c.isalnum() else "_" for c in named)
-
-
-def _arrange_ranks(options: dict[str, Any]) -> None:
-    """Run tensor-parallel ranks where torchrun put them: each holds its live shard."""
-    ranks = int(options.get("tensor_parallel_size", 1))
-    if ranks == 1:
-        return
-    if int(os.environ.get("WORLD_SIZE", "1")) != ranks:
-        raise ValueError(
-            f"TrainableLLM with tensor_parallel_size={ranks} runs in {ranks} processes, one live "
-            f"shard each: start the script with torchrun --nproc-per-node {ranks}"
-        )
-    options.setdefault("distributed_executor_backend", "external_launcher")
+        return True

@@ -1,0 +1,58 @@
+"""The module inside a running engine: its changes taken up, its tokens scored. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft.serve import _vllm_engine
+from vllm_graft.train.scoring import Scorer
+from vllm_graft.train.watch import WeightWatch
+
+
+class LiveModule:
+    """The served module of an engine in this process.
+
+    Args:
+        core: vLLM's `EngineCore`.
+        model_config: vLLM's.
+    """
+
+    def __init__(self, core: Any, model_config: Any) -> None:
+        self._core = core
+        self._adapter = _vllm_engine.adapter_of(core)
+        self.model: nn.Module = self._adapter.model
+        self._scorer = Scorer(self._adapter, model_config)
+        self._watch = WeightWatch(self.model)
+        self._unchecked = False
+
+    def weights_changed(self) -> None:
+        """Treat the weights as changed at the next step."""
+        self._unchecked = True
+
+    def token_logprobs(
+        self, sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], params: Any
+    ) -> list[torch.Tensor]:
+        """See `TrainableLLM.token_logprobs`."""
+        return self._scorer.token_logprobs(sequences, prompt_lens, params)
+
+    def take_up_changes(self, *, thorough: bool) -> None:
+        """Serve what the module holds now: check it, drop what old weights computed.
+
+        Args:
+            thorough: look for writes that left no trace in tensor versions too.
+
+        Raises:
+            WeightError: the weights cannot be served; nothing was dropped.
+        """
+        self._adapter.check_servable()
+        changed = self._watch.changed(thorough=thorough and not self._unchecked)
+        self._unchecked |= changed
+        if not _vllm_engine.any_rank(self._unchecked):
+            return
+        self._watch.check_finite()
+        _vllm_engine.forget_cached(self._core)
+        self._unchecked = False

@@ -1,0 +1,61 @@
+"""From the arguments of `TrainableLLM` to those of vLLM's engine. Torch only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from vllm_graft.serve._vllm import EXACT_OPTION
+from vllm_graft.serve.registry import register
+
+
+def engine_options(
+    factory: Callable[..., nn.Module] | str | None,
+    arch: str | None,
+    exact: bool,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """What `vllm.LLM` gets, with the architecture registered.
+
+    Raises:
+        ValueError: see `TrainableLLM`.
+    """
+    if factory is None and arch is None:
+        raise ValueError(
+            "TrainableLLM needs the model's factory (factory='module:attr' or a callable) or the "
+            "name of a registered architecture (arch='...')"
+        )
+    if factory is not None:
+        arch = arch or _name_for(factory)
+        register(arch, factory)
+    overrides = options.pop("hf_overrides", None) or {}
+    if callable(overrides):
+        raise ValueError("TrainableLLM: hf_overrides must be a dict")
+    extra = dict(options.pop("additional_config", None) or {})
+    _arrange_ranks(options)
+    return {
+        **options,
+        "hf_overrides": {**overrides, "architectures": [arch]},
+        "additional_config": {**extra, EXACT_OPTION: exact},
+    }
+
+
+def _name_for(factory: Callable[..., nn.Module] | str) -> str:
+    named = factory if isinstance(factory, str) else getattr(factory, "__qualname__", "factory")
+    return "Graft_" + "".join(c if c.isalnum() else "_" for c in named)
+
+
+def _arrange_ranks(options: dict[str, Any]) -> None:
+    """Run tensor-parallel ranks where torchrun put them: each holds its live shard."""
+    ranks = int(options.get("tensor_parallel_size", 1))
+    if ranks == 1:
+        return
+    if int(os.environ.get("WORLD_SIZE", "1")) != ranks:
+        raise ValueError(
+            f"TrainableLLM with tensor_parallel_size={ranks} runs in {ranks} processes, one live "
+            f"shard each: start the script with torchrun --nproc-per-node {ranks}"
+        )
+    options.setdefault("distributed_executor_backend", "external_launcher")

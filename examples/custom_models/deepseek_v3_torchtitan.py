@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_graft import RowOrder, WeightError, interleave_rope_rows
+from vllm_graft import RowOrder, interleave_rope_rows
 from vllm_graft.examples.deepseek_v3_config import deepseek_v3_config, is_sparse
 from vllm_graft.examples.script import run
 from vllm_graft.examples.torchtitan_model import TorchTitanForCausalLM
@@ -37,16 +37,6 @@ class DeepSeekV3TorchTitanForCausalLM(TorchTitanForCausalLM):
         hf_config = vllm_config.hf_config
         config = deepseek_v3_config(hf_config, vllm_config.model_config.max_model_len)
         super().__init__(config, name_mapping(hf_config), use_mla=True)
-
-    def check_dropped(self, names: list[str]) -> None:
-        """Raise if a dropped layer is no multi-token prediction layer but one of the decoder's."""
-        layers = {name.split(".")[2] for name in names if name.endswith(".input_layernorm.weight")}
-        for layer in layers:
-            if f"model.layers.{layer}.eh_proj.weight" not in names:
-                raise WeightError(
-                    f"model.layers.{layer} would be dropped as multi-token prediction, but it has "
-                    "no eh_proj: num_hidden_layers or num_nextn_predict_layers is wrong"
-                )
 
 
 def build_deepseek_v3_torchtitan(vllm_config: Any, parallel_context: Any) -> nn.Module:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_graft.examples.refusals import refuse_fields
+from vllm_graft.order import ORDER
 
 _MODEL = "Megatron's GPTModel"
 MODEL_TYPES = ("llama", "qwen2", "qwen3", "deepseek_v3")
@@ -131,6 +132,7 @@ def refuse_unsupported(hf_config: Any, tp_size: int) -> None:
     Raises:
         ValueError: naming each field, its value and the values that work.
     """
+    _refuse_experts(hf_config)
     refuse_fields(_MODEL, ("model_type", hf_config.model_type, MODEL_TYPES))
     rope = hf_config.rope_parameters
     kind = rope.get("rope_type", "default")
@@ -156,13 +158,21 @@ def refuse_unsupported(hf_config: Any, tp_size: int) -> None:
     _refuse_indivisible(hf_config, tp_size)
 
 
+def _refuse_experts(hf_config: Any) -> None:
+    sparse = hf_config.num_hidden_layers - getattr(hf_config, "first_k_dense_replace", 0)
+    for field in ("n_routed_experts", "num_experts", "num_local_experts"):
+        experts = getattr(hf_config, field, None)
+        if experts and sparse > 0:
+            raise ValueError(
+                f"{_MODEL} is served without experts, and this checkpoint has them ({field}="
+                f"{experts}); TorchTitan's models serve "
+                "experts, as Qwen3TorchTitan (qwen3_moe) or DeepSeekV3TorchTitan (deepseek_v3)"
+            )
+
+
 def _latent_refusals(hf_config: Any, kind: str, tp_size: int) -> list[Any]:
-    rope, layers = hf_config.rope_parameters, hf_config.num_hidden_layers
-    dense = layers if hf_config.n_routed_experts else hf_config.first_k_dense_replace
-    fields: list[Any] = [
-        # Experts are not served through Megatron.
-        ("first_k_dense_replace", hf_config.first_k_dense_replace, (dense,)),
-    ]
+    rope = hf_config.rope_parameters
+    fields: list[Any] = []
     if tp_size > 1:
         # Megatron gives that projection no process group.
         fields.append(("q_lora_rank is None", hf_config.q_lora_rank is None, (False,)))
@@ -182,5 +192,6 @@ def _refuse_indivisible(hf_config: Any, tp_size: int) -> None:
     if wrong:
         raise ValueError(
             f"{_MODEL} cannot split {', '.join(wrong)} over tensor_parallel_size={tp_size}; "
-            "use a size that divides all of them"
+            f"use a size that divides all of them (the order is {ORDER}; Megatron shards "
+            "as it creates the model)"
         )

@@ -23,11 +23,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_graft import (
-    VLLMModelForCausalLM,
-    load_external_weights,
-    replace_with_trainable_attention,
-)
+from vllm_graft import VLLMModelForCausalLM, replace_with_trainable_attention
+from vllm_graft.examples.loading import load_checkpoint
 from vllm_graft.examples.megatron_config import (
     LATENT,
     LATENT_NORM_EPS,
@@ -90,10 +87,12 @@ class MegatronForCausalLM(VLLMModelForCausalLM):
         return logits
 
     def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Load a Hugging Face checkpoint."""
-        load_external_weights(
-            model=self.model, weights_iter=weights_iter, name_mapping=self.name_mapping
-        )
+        """Load a Hugging Face checkpoint.
+
+        Raises:
+            WeightError: tensors left over: the config describes another model than the weights.
+        """
+        load_checkpoint(self.model, weights_iter, self.name_mapping)
 
 
 def _at(positions: torch.Tensor | None) -> AbstractContextManager[Any]:

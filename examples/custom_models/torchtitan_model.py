@@ -10,10 +10,9 @@ import torch
 from vllm_graft import (
     RowOrder,
     VLLMModelForCausalLM,
-    WeightError,
-    load_external_weights,
     replace_with_trainable_attention,
 )
+from vllm_graft.examples.loading import load_checkpoint
 from vllm_graft.families.torchtitan_tp import TitanParallel
 
 
@@ -76,15 +75,4 @@ class TorchTitanForCausalLM(VLLMModelForCausalLM):
         Raises:
             WeightError: tensors left over: the config describes another model than the weights.
         """
-        report = load_external_weights(
-            model=self.model, weights_iter=weights_iter, name_mapping=self.name_mapping
-        ).report
-        if report.skipped:
-            raise WeightError(
-                f"{len(report.skipped)} checkpoint tensors have no place in the model that the "
-                f"config describes: {', '.join(report.skipped[:8])}"
-            )
-        self.check_dropped(report.dropped)
-
-    def check_dropped(self, names: list[str]) -> None:
-        """Raise if a tensor that was dropped on purpose is not what the mapping took it for."""
+        load_checkpoint(self.model, weights_iter, self.name_mapping)

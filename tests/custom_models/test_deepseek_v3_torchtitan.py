@@ -194,7 +194,7 @@ def test_it_trains_from_torchtitans_own_initial_values():
     assert counts.sum() == 40 * 3
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3_torchtitan", "qwen3_torchtitan"])
+@pytest.mark.parametrize("name", ["deepseek_v3_torchtitan", "megatron_gpt", "qwen3_torchtitan"])
 def test_the_file_is_a_script(name, tmp_path):
     script = ROOT / f"examples/custom_models/{name}.py"
     done = subprocess.run(

@@ -108,6 +108,15 @@ def test_an_absent_projection_is_named(qwen3):
         model.load_weights(tensors.items())
 
 
+def test_a_tensor_without_a_place_is_named(qwen3):
+    tensors = load_file(qwen3 / "model.safetensors")
+    tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
+    with pytest.raises(
+        vllm_graft.WeightError, match=r"1 checkpoint tensors have no place .*q_proj.bias"
+    ):
+        build(qwen3).load_weights(tensors.items())
+
+
 def plain_model(**fields):
     """Megatron's model as its users build it, without Graft."""
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -275,6 +284,15 @@ def test_a_rotary_module_of_another_kind_is_refused():
     assert model.decoder.layers[0].self_attention.core_attention is before
 
 
+def test_experts_are_refused_by_layer():
+    model = plain_model()
+    model.decoder.layers[1].mlp.token_dispatcher = object()
+    before = model.decoder.layers[0].self_attention.core_attention
+    with pytest.raises(ValueError, match=r"decoder.layers.1.mlp: .* TorchTitan's models only"):
+        replace_with_trainable_attention(model)
+    assert model.decoder.layers[0].self_attention.core_attention is before
+
+
 def test_copies_and_casts_keep_the_table(qwen3):
     model = build(qwen3)
     twin = copy.deepcopy(model).to(torch.bfloat16)
@@ -310,9 +328,13 @@ def test_config_fields_it_cannot_honour_are_refused_by_name(overrides, text):
 
 
 def test_other_model_types_and_indivisible_sizes_are_refused():
-    from transformers import GemmaConfig, Qwen3Config
+    from transformers import GemmaConfig, MixtralConfig, Qwen3Config, Qwen3MoeConfig
 
     with pytest.raises(ValueError, match="model_type='gemma'"):
         refuse_unsupported(GemmaConfig(), 1)
+    with pytest.raises(ValueError, match="has them .num_experts=128.; TorchTitan's"):
+        refuse_unsupported(Qwen3MoeConfig(), 1)
+    with pytest.raises(ValueError, match="has them .*experts=8"):
+        refuse_unsupported(MixtralConfig(), 1)
     with pytest.raises(ValueError, match="num_key_value_heads=2 over tensor_parallel_size=4"):
         refuse_unsupported(Qwen3Config(num_key_value_heads=2), 4)

@@ -107,7 +107,11 @@ def test_what_the_block_cannot_honour_is_refused(checkpoint, field):
 @pytest.mark.parametrize(
     ("overrides", "tp_size", "text"),
     [
-        ({"first_k_dense_replace": 1}, 1, r"first_k_dense_replace=1 \(supported: 3\)"),
+        (
+            {"first_k_dense_replace": 1, "n_routed_experts": 8},
+            1,
+            "has them .n_routed_experts=8.; .* as Qwen3TorchTitan",
+        ),
         ({"rope_parameters": YARN | {"mscale": None}}, 1, "mscale_all_dim both or neither=False"),
         ({"rope_parameters": YARN | {"truncate": False}}, 1, "truncate=False"),
         ({"q_lora_rank": None}, 2, "q_lora_rank is None=True"),

@@ -163,12 +163,19 @@ def plan(attention: Any) -> Swap:
 
 
 def check(model: Any) -> None:
-    """Refuse a model whose positions `adopt` could not take over.
+    """Refuse a model with experts, or whose positions `adopt` could not take over.
 
     Raises:
-        ValueError: naming the class of its rotary module.
+        ValueError: naming the layer with experts, or the class of its rotary module.
     """
     layers = getattr(getattr(model, "decoder", None), "layers", ())
+    for index, layer in enumerate(layers):
+        mlp = getattr(layer, "mlp", None)
+        if hasattr(mlp, "token_dispatcher"):
+            raise ValueError(
+                f"decoder.layers.{index}.mlp: Megatron's {type(mlp).__name__} is not supported: "
+                "experts are served and trained through TorchTitan's models only"
+            )
     seams = any(matches(getattr(layer, "self_attention", layer)) for layer in layers)
     rotary = getattr(model, "rotary_pos_emb", None)
     if seams and rotary is not None:

@@ -19,11 +19,11 @@ COMPARED = (1024, 1024)
 
 
 def run(
-    ranks: int, arch: str, checkpoint: Path, dtype: str, **options: bool
+    ranks: int, model: str, checkpoint: Path, dtype: str, **options: bool
 ) -> list[dict[str, Any]]:
     """What every rank of `serve_worker` saw, with these options of the engine."""
     result = checkpoint.parent / f"{dtype}.{ranks}"
-    arguments = (arch, str(checkpoint), dtype, str(result), json.dumps(options))
+    arguments = (model, str(checkpoint), dtype, str(result), json.dumps(options))
     torchrun(ranks, "tests.dist.serve_worker", *arguments)
     return [torch.load(f"{result}.{rank}") for rank in range(ranks)]
 
@@ -37,7 +37,7 @@ def stock_tokens(ranks: int, checkpoint: Path) -> list[list[int]]:
 
 
 def check_two_ranks(
-    arch: str,
+    model: str,
     checkpoint: Path,
     in_one_piece: Callable[[str, torch.Tensor], torch.Tensor] = lambda _, gradient: gradient,
     **options: bool,
@@ -45,13 +45,13 @@ def check_two_ranks(
     """Two ranks do what one does, in float32; returns their tokens.
 
     Args:
-        arch: a built-in architecture.
+        model: a built-in architecture, or `package.module:factory`.
         checkpoint: in Hugging Face format, of float32 tensors.
         in_one_piece: a gathered gradient by its name, in the order that one rank has.
         options: of the engine with two ranks.
     """
-    (alone,) = run(1, arch, checkpoint, "float32")
-    ranks = run(2, arch, checkpoint, "float32", **options)
+    (alone,) = run(1, model, checkpoint, "float32")
+    ranks = run(2, model, checkpoint, "float32", **options)
     for rank in ranks:
         assert rank["tokens"] == alone["tokens"]
         assert rank["equal"] == COMPARED

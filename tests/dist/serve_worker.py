@@ -22,7 +22,7 @@ from tests.serve.moe_checks import LENGTHS
 from tests.serve.test_exactness import count_equal
 from tests.support import engine, generate, live_module, prompts, sampled_logprobs
 from vllm_graft.serve.registry import BUILT_IN
-from vllm_graft.weights.shards import whole
+from vllm_graft.weights.shards import local, whole
 
 
 def main() -> None:
@@ -47,7 +47,7 @@ def main() -> None:
             "tokens": [list(c.token_ids) for c in made],
             "logprobs": [sampled_logprobs(c) for c in made],
             "equal": equal,
-            "shapes": {name: tuple(p.shape) for name, p in module.named_parameters()},
+            "shapes": {name: tuple(local(p).shape) for name, p in module.named_parameters()},
             "loss": float(loss.detach()),
             "grads": grads,
             "exported": dict(vllm_graft.export_weights(module.model, module.name_mapping)),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 
 import pytest
 
@@ -11,18 +13,53 @@ from tests.support import qwen3_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
-REASONS = {
-    "forgotten": "weights are identical on all ranks: tensor parallelism was not applied",
-    "before_replacement": "layers.0.attention: .* parallelized before its attention was replaced",
+ORDER = "create -> replace -> TP -> dtype"
+FORGOTTEN = "weights are identical on all ranks: tensor parallelism was not applied"
+TOO_EARLY = r"layers.0.attention: .* parallelized before its attention was replaced"
+QWEN3 = {
+    "titan_without_tp": FORGOTTEN,
+    "titan_tp_first": TOO_EARLY,
+    "megatron_without_tp": FORGOTTEN,
+    "megatron_not_replaced": "MegatronForCausalLM has no CoreAttention",
+}
+PLAIN = {"plan_without_tp": FORGOTTEN, "plan_first": f"{TOO_EARLY} .wq, wk, wv, wo are DTensors"}
+KV_HEADS = "num_kv_heads=1 cannot be divided among tensor_parallel_size=2 ranks"
+ONE_KV_HEAD = {
+    "examples.custom_models.qwen3_torchtitan:build_qwen3_torchtitan": KV_HEADS,
+    "examples.custom_models.megatron_gpt:build_megatron_model": (
+        "cannot split num_key_value_heads=1 over tensor_parallel_size=2"
+    ),
+    "tests.dist.dtensor_plan:by_context": KV_HEADS,
 }
 
 
-@pytest.mark.parametrize("order", REASONS)
-def test_every_rank_names_the_rule(order, tmp_path):
+@pytest.mark.parametrize("factory", QWEN3)
+def test_a_wrong_order_is_named(factory, tmp_path):
     checkpoint = qwen3_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
-    target = f"tests.dist.wrong_orders:{order}"
+    assert_refused(f"tests.dist.wrong_orders:{factory}", checkpoint, QWEN3[factory])
+
+
+@pytest.mark.parametrize("factory", PLAIN)
+def test_a_wrong_order_of_a_users_plan_is_named(factory, my_checkpoint):
+    assert_refused(f"tests.dist.wrong_orders:{factory}", my_checkpoint, PLAIN[factory])
+
+
+@pytest.mark.parametrize("target", ONE_KV_HEAD)
+def test_fewer_kv_heads_than_ranks_are_named(target, my_checkpoint, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    if "dtensor_plan" in target:
+        shutil.copytree(my_checkpoint, checkpoint)
+        config = json.loads((checkpoint / "config.json").read_text())
+        (checkpoint / "config.json").write_text(json.dumps(config | {"num_key_value_heads": 1}))
+    else:
+        qwen3_checkpoint(checkpoint, num_hidden_layers=1, num_key_value_heads=1)
+    assert_refused(target, checkpoint, ONE_KV_HEAD[target])
+
+
+def assert_refused(target, checkpoint, reason):
+    """Every rank says the reason and the right order, and none serves."""
     printed = torchrun(2, "tests.dist.refusal_worker", target, str(checkpoint))
     refusals = [line for line in printed.splitlines() if line.startswith("REFUSED")]
     assert len(refusals) == 2 and "SERVED" not in printed
     for refusal in refusals:
-        assert re.search(REASONS[order], refusal), refusal
+        assert re.search(reason, refusal) and ORDER in refusal, refusal

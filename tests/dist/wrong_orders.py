@@ -5,22 +5,52 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from torch.distributed.tensor.parallel import parallelize_module
 
+from examples.custom_models import megatron_gpt
 from examples.custom_models.qwen3_torchtitan import Qwen3TorchTitanForCausalLM, qwen3_config
-from vllm_graft import replace_with_trainable_attention
+from tests.dist.dtensor_plan import PLAN, PlainForCausalLM, plain_model
+from vllm_graft import ParallelContext, replace_with_trainable_attention
 from vllm_graft.families.torchtitan_tp import TitanParallel
 
 
-def forgotten(vllm_config: Any, parallel_context: Any) -> nn.Module:
+def titan_without_tp(vllm_config: Any, parallel_context: Any) -> nn.Module:
     """No tensor parallelism at all."""
     model = Qwen3TorchTitanForCausalLM(vllm_config, parallel_context)
     return model.to(dtype=vllm_config.model_config.dtype)
 
 
-def before_replacement(vllm_config: Any, parallel_context: Any) -> nn.Module:
+def titan_tp_first(vllm_config: Any, parallel_context: Any) -> nn.Module:
     """Tensor parallelism first, attention replacement second."""
     config = qwen3_config(vllm_config.hf_config, vllm_config.model_config.max_model_len)
     decoder = config.build()
     TitanParallel(decoder, parallel_context)
+    replace_with_trainable_attention(decoder)
+    return decoder
+
+
+def megatron_without_tp(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """Megatron's model built for one rank."""
+    return megatron_gpt.build_megatron_model(vllm_config, ParallelContext())
+
+
+def megatron_not_replaced(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """Megatron's model with its own attention."""
+    model = nn.Module.__new__(megatron_gpt.MegatronForCausalLM)
+    nn.Module.__init__(model)
+    config, group = vllm_config.model_config, parallel_context.get_tp_process_group()
+    model.model = megatron_gpt.gpt_model(vllm_config.hf_config, 512, config.dtype, group)
+    return model
+
+
+def plan_without_tp(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """A hand-written model, its plan not applied."""
+    return PlainForCausalLM(vllm_config)
+
+
+def plan_first(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """The plan first, attention replacement second."""
+    decoder = plain_model(vllm_config.hf_config)
+    parallelize_module(decoder, parallel_context.tp_mesh(), PLAN)
     replace_with_trainable_attention(decoder)
     return decoder

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.kernels import AttentionSpec, attend, sample_borders
+from vllm_graft.order import ORDER
 from vllm_graft.positions import current_batch
 
 
@@ -156,7 +157,7 @@ class CoreAttention(nn.Module):
         return (
             f". With tensor_parallel_size={self.tp_size} each rank has 1/{self.tp_size} of the "
             "heads: apply tensor parallelism in the factory, after attention replacement "
-            "(create -> replace -> TP -> dtype)"
+            f"({ORDER})"
         )
 
     def extra_repr(self) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.mla import TrainableMLA
+from vllm_graft.order import ORDER
 
 
 def shard_attention(model: nn.Module, tp_size: int) -> None:
@@ -29,7 +30,8 @@ def shard_attention(model: nn.Module, tp_size: int) -> None:
             if heads % tp_size or module.tp_size != 1:
                 raise ValueError(
                     f"{name}: {count}={heads} cannot be divided among tensor_parallel_size="
-                    f"{tp_size} ranks; use a tensor_parallel_size that divides it"
+                    f"{tp_size} ranks, each of which keeps a share of the heads ({ORDER}); use a "
+                    "tensor_parallel_size that divides it"
                 )
     for _, module in found:
         module.shard(tp_size)

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.flash import TrainableFlashAttention
 from vllm_graft.families.proof import prove
 from vllm_graft.families.swap import Swap, swap_of
+from vllm_graft.order import ORDER
 from vllm_graft.positions import current_batch
 
 KIND = "block"
@@ -62,6 +64,7 @@ def plan(attention: Any) -> Swap:
     """
     if isinstance(attention, AdoptedAttention):
         return swap_of(KIND, attention.core)
+    _refuse_sharded(attention)
     _check_parts(attention)
     table = _table_argument(attention)
     new = AdoptedAttention(attention, table)
@@ -71,6 +74,19 @@ def plan(attention: Any) -> Swap:
 
 _REPLACED = {"sdpa", "inner_attention", "attn_dropout", "resid_dropout", "dropout"}
 """Children without parameters whose work `CoreAttention` does."""
+
+
+def _refuse_sharded(attention: Any) -> None:
+    sharded = [name for name in ("wq", "wk", "wv", "wo") if _is_dtensor(getattr(attention, name))]
+    if sharded:
+        raise ValueError(
+            f"{type(attention).__name__} was parallelized before its attention was replaced "
+            f"({', '.join(sharded)} are DTensors); {ORDER}"
+        )
+
+
+def _is_dtensor(projection: nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in projection.parameters())
 
 
 def _check_parts(attention: nn.Module) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.families.swap import Swap, swap_of
+from vllm_graft.order import ORDER
 from vllm_graft.positions import current_batch
 
 KIND = "inner_attention"
@@ -90,7 +91,7 @@ def refuse_parallelized(attention: Any) -> None:
     if getattr(attention, "_parallelized", False):
         raise ValueError(
             f"{type(attention).__name__} was parallelized before its attention was replaced; "
-            "create -> replace -> TP -> dtype"
+            f"{ORDER}"
         )
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.mla import TrainableMLA
+from vllm_graft.order import ORDER
 from vllm_graft.serve import _vllm, _vllm_mla
 
 
@@ -125,8 +126,8 @@ def bind(
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no CoreAttention or TrainableMLA, so vLLM has no KV cache "
-            "to serve it from; call replace_with_trainable_attention(model) in the factory, or "
-            "build the model with TrainableFlashAttention"
+            "to serve it from; call replace_with_trainable_attention(model) in the factory "
+            f"({ORDER}), or build the model with TrainableFlashAttention"
         )
     layers: list[PagedAttention] = []
     names = cache_names([f"{prefix}.{n}" if prefix else n for n, _ in found])

@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from vllm_graft.order import ORDER
 from vllm_graft.parallel import ParallelContext
 
 _SAMPLES = 256
@@ -27,7 +28,7 @@ def check_ranks_differ(model: nn.Module, context: ParallelContext) -> None:
         raise RuntimeError(
             f"tensor_parallel_size={size}, but the weights are identical on all ranks: tensor "
             "parallelism was not applied, or before the model was ready for it. In the factory: "
-            "create the model, replace its attention, apply TP, convert its dtype"
+            f"{ORDER}"
         )
 
 

@@ -16,7 +16,7 @@ from examples.custom_models.deepseek_v3_torchtitan import (
 )
 from tests.moe_checkpoints import DEEPSEEK_SIZES, YARN, deepseek_v3_checkpoint, fp8_checkpoint
 from tests.support import ROOT, python, relative_error
-from vllm_graft import WeightError, record_routing
+from vllm_graft import ParallelContext, WeightError, record_routing
 
 
 def config(**overrides):
@@ -213,7 +213,7 @@ def test_importing_it_is_light_and_initializes_no_cuda():
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused_by_name():
-    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 3)
+    context = ParallelContext(tensor_model_parallel_size=3)
     text = "layers.0.attention: num_heads=4 cannot be divided among tensor_parallel_size=3"
     with pytest.raises(ValueError, match=text):
         build_deepseek_v3_torchtitan(vllm_config(config()), context)

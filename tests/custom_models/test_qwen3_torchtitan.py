@@ -14,6 +14,7 @@ from examples.custom_models.qwen3_torchtitan import (
 )
 from tests.moe_checkpoints import qwen3_moe_checkpoint
 from tests.support import qwen3_checkpoint, relative_error
+from vllm_graft import ParallelContext
 
 
 def config(**overrides):
@@ -105,7 +106,7 @@ def test_fields_it_cannot_honour_are_refused_by_name(overrides, text):
 
 
 def test_heads_that_the_ranks_cannot_share_are_refused_by_name():
-    context = SimpleNamespace(get_tensor_parallel_world_size=lambda: 3)
+    context = ParallelContext(tensor_model_parallel_size=3)
     text = "layers.0.attention.inner_attention: num_heads=4 cannot be divided among .*size=3"
     with pytest.raises(ValueError, match=text):
         build_qwen3_torchtitan(vllm_config(config()), context)

@@ -1,0 +1,85 @@
+"""Engine and training forward agree on every path: families, dtypes, threads, ranks, compiled."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.dist.launch import torchrun
+from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
+from tests.support import python, qwen3_checkpoint
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+WORKER = "import runpy, sys; runpy.run_module('tests.dist.exactness_worker', run_name='__main__')"
+MAKE = {
+    "qwen3": ("Qwen3TorchTitan", qwen3_checkpoint),
+    "qwen3_moe": ("Qwen3TorchTitan", qwen3_moe_checkpoint),
+    "deepseek_v3": ("DeepSeekV3TorchTitan", deepseek_v3_checkpoint),
+}
+
+
+MAX_TOKENS = {"qwen3": 40, "qwen3_moe": 40, "deepseek_v3": 8}
+"""The latent kernel is slow."""
+PROMPT_TOKENS = 767
+"""Of the nine prompts, but for the first of each, which has no log-probability."""
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    made = {}
+
+    def checkpoint(family):
+        if family not in made:
+            made[family] = MAKE[family][1](tmp_path_factory.mktemp(family) / "checkpoint")
+        return made[family]
+
+    return checkpoint
+
+
+def run(family, checkpoint, tmp_path, *, threads=2, ranks=1, **options):
+    """What the worker saw on rank 0, all ranks being complete and equal."""
+    options = {"enforce_eager": True, **options}
+    tokens = MAX_TOKENS[family]
+    arguments = [MAKE[family][0], str(checkpoint), str(tmp_path / "seen"), str(tokens)]
+    arguments.append(json.dumps(options))
+    if ranks > 1:
+        torchrun(ranks, "tests.dist.exactness_worker", *arguments)
+    else:
+        cores = "0" if threads == 1 else "0-1"
+        done = python(WORKER, *arguments, VLLM_CPU_OMP_THREADS_BIND=cores)
+        assert done.returncode == 0, done.stderr[-3000:]
+    seen = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in range(ranks)]
+    for one in seen:
+        assert len(one["paths"]) == 10
+        assert [p for p in one["paths"] if p[1] != p[2]] == []
+        assert sum(p[2] for p in one["paths"]) == 10 * 9 * tokens + PROMPT_TOKENS
+    return seen[0]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", MAKE)
+def test_every_path_is_equal(checkpoints, family, dtype, tmp_path):
+    run(family, checkpoints(family), tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])
+def test_the_number_of_threads_changes_nothing(checkpoints, family, dtype, tmp_path):
+    one, two = (
+        run(family, checkpoints(family), tmp_path, threads=threads, dtype=dtype)
+        for threads in (1, 2)
+    )
+    assert one["scored"] == two["scored"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+def test_two_ranks_are_exact_too(checkpoints, family, dtype, tmp_path):
+    run(family, checkpoints(family), tmp_path, ranks=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_compiled_serving_is_exact_too(checkpoints, dtype, tmp_path):
+    run("qwen3", checkpoints("qwen3"), tmp_path, dtype=dtype, enforce_eager=False)

@@ -184,3 +184,45 @@ def test_the_latent_kernel_gives_a_token_the_same_bits_in_any_batch(dtype, rank,
     # One rounding of the result, and float32 sums over up to 116 keys.
     limit = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
     assert relative_error(whole, want) < limit
+
+
+def test_the_engine_steps_through_an_attribute_and_tells_what_runs():
+    """`before_each_step` wraps `step_fn`; the checks of `TrainableLLM` hang on it."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+    from vllm.v1.engine.core import EngineCore
+    from vllm.v1.engine.core_client import InprocClient
+
+    assert "self.engine_core.step_fn()" in inspect.getsource(InprocClient.get_output)
+    assert "self.step_fn = " in inspect.getsource(EngineCore.__init__)
+    parameters = inspect.signature(EngineCore.reset_prefix_cache).parameters
+    assert "reset_running_requests" in parameters
+    assert "self.running: " in inspect.getsource(Scheduler.__init__)
+    assert "self.max_num_scheduled_tokens" in inspect.getsource(Scheduler.schedule)
+
+
+def test_async_engines_still_need_a_process_of_their_own():
+    """`async_in_this_process` can go when this fails."""
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.core_client import EngineCoreClient
+
+    source = inspect.getsource(EngineCoreClient.make_client)
+    assert "if asyncio_mode and not multiprocess_mode:\n            raise NotImpl" in source
+    assert "EngineCoreClient.make_async_mp_client(" in inspect.getsource(AsyncLLM.__init__)
+
+
+def test_the_sampler_is_built_of_the_parts_that_are_called():
+    from vllm.v1.sample.metadata import SamplingMetadata
+    from vllm.v1.sample.ops import topk_topp_sampler
+    from vllm.v1.sample.sampler import Sampler
+
+    names = list(inspect.signature(Sampler.apply_logits_processors).parameters)
+    assert names == ["self", "logits", "sampling_metadata", "predict_bonus_token"]
+    source = inspect.getsource(Sampler.sample)
+    order = ["apply_temperature", "argmax_invariant", "self.topk_topp_sampler("]
+    assert sorted(order, key=source.index) == order
+    assert list(inspect.signature(topk_topp_sampler.apply_top_k_top_p).parameters) == [
+        "logits", "k", "p",
+    ]  # fmt: skip
+    assert {"logitsprocs", "no_penalties", "all_greedy", "all_random"} <= set(
+        SamplingMetadata.__dataclass_fields__
+    )

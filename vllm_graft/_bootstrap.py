@@ -9,6 +9,7 @@ names; torch and vLLM are imported only when vLLM itself is.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
@@ -16,10 +17,12 @@ from typing import Any
 API_MODULE = "vllm.model_executor.custom_models"
 OLD_MODULE = "vllm.model_executor.layers.trainable_attention"
 HOOKED = {
-    "vllm.model_executor.models.registry": "attach",
-    "vllm.v1.executor.abstract": "guard",
+    "vllm.model_executor.models.registry": ("registry", "attach"),
+    "vllm.v1.executor.abstract": ("registry", "guard"),
+    "vllm.v1.engine.core": ("lifetime", "watch_core"),
+    "vllm.v1.executor.multiproc_executor": ("lifetime", "watch_workers"),
 }
-"""vLLM modules whose import calls a function of `serve.registry`."""
+"""vLLM modules whose import calls a function of a module in `vllm_graft.serve`."""
 
 _SPEC_NAMES = (
     "VLLMModelForCausalLM",
@@ -89,9 +92,8 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
-            from vllm_graft.serve import registry
-
-            getattr(registry, HOOKED[name])(module)
+            where, function = HOOKED[name]
+            getattr(import_module(f"vllm_graft.serve.{where}"), function)(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -7,6 +7,7 @@ place to mend; when one says that vLLM now does the job, the patch can go.
 from __future__ import annotations
 
 import inspect
+from importlib import import_module
 
 import pytest
 import torch
@@ -42,6 +43,24 @@ def test_engines_still_ask_for_their_executor_class():
     assert "vllm_config" in inspect.signature(Executor.get_class).parameters
     for module in (llm_engine, async_llm):
         assert "Executor.get_class(" in inspect.getsource(module)
+
+
+@pytest.mark.parametrize(
+    ("module", "target", "started_by"),
+    [
+        ("vllm.v1.engine.core", "EngineCoreProc.run_engine_core", "vllm.v1.engine.utils"),
+        (
+            "vllm.v1.executor.multiproc_executor",
+            "WorkerProc.worker_main",
+            "vllm.v1.executor.multiproc_executor",
+        ),
+    ],
+)
+def test_engine_processes_still_start_where_the_watch_is_put(module, target, started_by):
+    owner, entry = target.split(".")
+    run = getattr(getattr(import_module(module), owner), entry)
+    assert not hasattr(run.__wrapped__, "__wrapped__"), "vLLM's own function, wrapped once"
+    assert f"target={target}" in inspect.getsource(import_module(started_by))
 
 
 def test_models_are_still_built_by_keyword_with_a_prefix():

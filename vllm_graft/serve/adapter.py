@@ -20,7 +20,7 @@ from vllm_graft.serve import _vllm
 from vllm_graft.serve.body import call, find_layout, make_body
 from vllm_graft.serve.kv import PagedAttention, bind
 from vllm_graft.serve.loading import Loading
-from vllm_graft.serve.ranks import check_ranks_differ
+from vllm_graft.serve.ranks import check_ranks_differ, naming_rank
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.weights.errors import WeightError
 
@@ -53,6 +53,7 @@ class GraftForCausalLM(nn.Module):
 
     arch: ClassVar[str]
 
+    @naming_rank()
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.model = build(self.arch, vllm_config)
@@ -179,11 +180,13 @@ class GraftForCausalLM(nn.Module):
         hidden: torch.Tensor = self.model(input_ids, positions=positions)
         return hidden.flatten(0, 1) if hidden.dim() == 3 else hidden
 
+    @naming_rank()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load; see `Loading.take`."""
         written = self._loading.take(weights)
         return None if written is None else {f"model.{name}" for name in written}
 
+    @naming_rank()
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
         if self._loading.finish():

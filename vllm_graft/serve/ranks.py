@@ -1,6 +1,9 @@
-"""Whether tensor parallelism did anything: each rank must hold other weights."""
+"""Errors name their rank, and each rank must hold weights of its own."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -10,6 +13,17 @@ from vllm_graft.order import ORDER
 from vllm_graft.parallel import ParallelContext
 
 _SAMPLES = 256
+
+
+@contextmanager
+def naming_rank() -> Iterator[None]:
+    """Let an error in the block say on which rank it happened, where there are several."""
+    try:
+        yield
+    except Exception as error:
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            error.add_note(f"This was rank {dist.get_rank()} of {dist.get_world_size()}.")
+        raise
 
 
 def check_ranks_differ(model: nn.Module, context: ParallelContext) -> None:

@@ -219,9 +219,10 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     _check_model(arch, model)
     shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
-    make_exact(model)
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
-    _vllm.emulate_eager_rounding(vllm_config)
+    if _vllm.serves_exactly(vllm_config):
+        make_exact(model)
+        _vllm.emulate_eager_rounding(vllm_config)
     built: nn.Module = model
     return built
 

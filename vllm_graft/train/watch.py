@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,7 +11,7 @@ from torch import nn
 from vllm_graft.train.digest import digest
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.shards import local
-from vllm_graft.weights.slots import Slot, slots
+from vllm_graft.weights.slots import slots
 
 _SHOWN = 8
 
@@ -20,22 +21,25 @@ class _Seen:
     """A tensor as it was when it was last looked at."""
 
     name: str
-    slots: list[Slot]
     tensor: torch.Tensor
+    own: torch.Tensor
+    """Its values on this rank."""
     shape: torch.Size
     version: int
     address: int
+    holders: list[tuple[dict[str, Any], str]]
+    """Where modules keep it: their dicts of parameters or buffers, and the keys."""
     digest: int | None = None
 
     def in_place(self) -> bool:
         """Whether the model still holds this very tensor, under each of its names."""
-        return all(_held(*slot) is self.tensor for slot in self.slots)
+        return all(held.get(key) is self.tensor for held, key in self.holders)
 
-    def same_version(self) -> bool:
-        """Whether no operation has written in place."""
-        own = local(self.tensor)
+    def unchanged(self) -> bool:
+        """Whether it is in place and no operation has written into it."""
+        own = self.own
         same = own._version == self.version and own.data_ptr() == self.address
-        return same and self.in_place()
+        return same and own.shape == self.shape and self.in_place()
 
 
 class WeightWatch:
@@ -60,8 +64,8 @@ class WeightWatch:
         Raises:
             WeightError: a parameter was replaced by another tensor or changed its shape.
         """
-        self._check_parameters()
-        if not all(seen.same_version() for seen in self._seen):
+        if not all(seen.unchanged() for seen in self._seen):
+            self._check_parameters()
             self._seen = self._look()
             self._digests_differ()
             return True
@@ -73,7 +77,7 @@ class WeightWatch:
         Raises:
             WeightError: naming the parameters with NaN or infinite values.
         """
-        bad = [s.name for s in self._parameters() if not _is_finite(local(s.tensor))]
+        bad = [s.name for s in self._parameters() if not _is_finite(s.own)]
         if bad:
             raise WeightError(
                 f"NaN or infinite values in {_listed(bad)}: the weights are not served. "
@@ -102,26 +106,21 @@ class WeightWatch:
 
     def _look(self) -> list[_Seen]:
         found: dict[int, _Seen] = {}
-        for name, slot in slots(self._model).items():
-            module, attribute = slot
+        for name, (module, attribute) in slots(self._model).items():
             tensor = getattr(module, attribute)
             own = local(tensor)
-            fresh = _Seen(name, [], tensor, own.shape, own._version, own.data_ptr())
-            found.setdefault(id(tensor), fresh).slots.append(slot)
+            fresh = _Seen(name, tensor, own, own.shape, own._version, own.data_ptr(), [])
+            held: Any = module._parameters if attribute in module._parameters else module._buffers
+            found.setdefault(id(tensor), fresh).holders.append((held, attribute))
         return list(found.values())
 
     def _digests_differ(self) -> bool:
         """Bring the digests up to date; whether one is another than before."""
         changed = False
         for seen in self._seen:
-            before, seen.digest = seen.digest, digest(local(seen.tensor))
+            before, seen.digest = seen.digest, digest(seen.own)
             changed |= before is not None and before != seen.digest
         return changed
-
-
-def _held(module: nn.Module, attribute: str) -> torch.Tensor | None:
-    held = module._parameters.get(attribute)
-    return module._buffers.get(attribute) if held is None else held
 
 
 @torch.no_grad()

@@ -37,6 +37,7 @@ _HOME = {
     "verify_exactness": "vllm_graft.train.exactness",
     "ExactnessReport": "vllm_graft.train.exactness",
     "ServedOptimizer": "vllm_graft.train.optimizer",
+    "push_weights": "vllm_graft.train.push",
     "register": "vllm_graft.serve.registry",
     "RegistrationError": "vllm_graft.serve.registry",
 }
@@ -77,6 +78,7 @@ if TYPE_CHECKING:
     from vllm_graft.train.exactness import verify_exactness as verify_exactness
     from vllm_graft.train.llm import TrainableLLM as TrainableLLM
     from vllm_graft.train.optimizer import ServedOptimizer as ServedOptimizer
+    from vllm_graft.train.push import push_weights as push_weights
     from vllm_graft.weights.account import LoadReport as LoadReport
     from vllm_graft.weights.errors import WeightError as WeightError
     from vllm_graft.weights.export import export_weights as export_weights

@@ -21,6 +21,7 @@ HOOKED = {
     "vllm.v1.executor.abstract": ("registry", "guard"),
     "vllm.v1.engine.core": ("lifetime", "watch_core"),
     "vllm.v1.executor.multiproc_executor": ("lifetime", "watch_workers"),
+    "vllm.v1.worker.gpu_worker": ("_vllm_transfer", "prepare_worker"),
 }
 """vLLM modules whose import calls a function of a module in `vllm_graft.serve`."""
 

@@ -15,6 +15,8 @@ from typing import Any
 
 from torch import nn
 
+from vllm_graft.weights.errors import WeightError
+
 _MULTIPROCESSING = "VLLM_ENABLE_V1_MULTIPROCESSING"
 
 
@@ -85,6 +87,23 @@ def token_budget(core: Any, tokens: int) -> Iterator[None]:
 def abort_all(llm_engine: Any) -> None:
     """End every unfinished request without an output."""
     llm_engine.abort_request(list(llm_engine.output_processor.request_states), internal=True)
+
+
+def refuse_requests(llm_engine: Any, reason: str) -> None:
+    """Raise a `WeightError` for every new request, before it reaches the engine core.
+
+    An error in the forward pass would end an engine core that is a process.
+    """
+
+    def add_request(*_: Any, **__: Any) -> None:
+        raise WeightError(f"the engine refuses to serve: {reason}")
+
+    llm_engine.add_request = add_request
+
+
+def accept_requests(llm_engine: Any) -> None:
+    """Take back `refuse_requests`."""
+    vars(llm_engine).pop("add_request", None)
 
 
 def any_rank(fact: bool) -> bool:

@@ -100,6 +100,10 @@ class GraftForCausalLM(nn.Module):
         if self._loading.refusal is not None:
             raise WeightError(f"{self.arch} refuses to serve: {self._loading.refusal}")
 
+    def refuse(self, reason: str) -> None:
+        """Serve nothing until a whole load has gone through."""
+        self._loading.give_up(reason)
+
     def _new_forward(self) -> None:
         for paged in self._paged:
             paged.calls = 0

@@ -67,7 +67,7 @@ class Loading:
             if errors:
                 raise WeightError("\n".join(errors))
         except Exception as error:
-            self._give_up(f"loading weights failed: {error}")
+            self.give_up(f"loading weights failed: {error}")
             raise
         if self._sentinels is None or self._missing(self._sentinels.unwritten()):
             return None
@@ -125,8 +125,8 @@ class Loading:
         buffers = self._deferred - self._parameters.keys()
         self._kept = {name: self._tensors[name].clone() for name in buffers}
 
-    def _give_up(self, reason: str) -> None:
-        """A load broke off: the weights may be a mixture until a whole one has gone through."""
+    def give_up(self, reason: str) -> None:
+        """Refuse to serve, since the weights may be a mixture, until a whole load has come."""
         self.refusal = reason
         self._stop_marking()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 
 import torch
+
+from vllm_graft.weights.errors import WeightError
 
 _CHUNK = 1 << 17
 """Words of 8 bytes that are multiplied at once: 1 MiB stays in the cache."""
@@ -42,3 +45,22 @@ def _factors(device: torch.device) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     values = torch.randint(-(2**63), 2**63 - 1, (_CHUNK,), generator=generator)
     return (values | 1).to(device)
+
+
+def digests_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, int]:
+    """The digest of each named tensor."""
+    return {name: digest(tensor) for name, tensor in tensors}
+
+
+def compare(sent: dict[str, int], held: dict[str, int]) -> None:
+    """Raise unless the same tensors are on both sides of a push.
+
+    Raises:
+        WeightError: naming those with other bytes.
+    """
+    others = [name for name in {**sent, **held} if sent.get(name) != held.get(name)]
+    if others:
+        raise WeightError(
+            f"{len(others)} tensors of the engine are not those that were sent: "
+            f"{', '.join(others[:8])}"
+        )

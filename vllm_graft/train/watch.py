@@ -77,10 +77,10 @@ class WeightWatch:
         Raises:
             WeightError: naming the parameters with NaN or infinite values.
         """
-        bad = [s.name for s in self._parameters() if not _is_finite(s.own)]
+        bad = [s.name for s in self._parameters() if not is_finite(s.own)]
         if bad:
             raise WeightError(
-                f"NaN or infinite values in {_listed(bad)}: the weights are not served. "
+                f"NaN or infinite values in {listed(bad)}: the weights are not served. "
                 "Write finite values to go on"
             )
 
@@ -92,7 +92,7 @@ class WeightWatch:
         replaced = [seen.name for seen in parameters if not seen.in_place()]
         if replaced:
             raise WeightError(
-                f"parameters replaced by other tensor objects: {_listed(replaced)}. The engine "
+                f"parameters replaced by other tensor objects: {listed(replaced)}. The engine "
                 "and the optimizer hold the old ones: put those back and write into them with "
                 "copy_, not by assignment or load_state_dict(assign=True)"
             )
@@ -124,13 +124,15 @@ class WeightWatch:
 
 
 @torch.no_grad()
-def _is_finite(tensor: torch.Tensor) -> bool:
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether all values are numbers and finite."""
     # A sum is one fast pass and shows every NaN and infinity; its own overflow is looked into.
     if not tensor.is_floating_point() or bool(torch.isfinite(tensor.sum())):
         return True
     return bool(torch.isfinite(tensor).all())
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first names, and how many more there are."""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more

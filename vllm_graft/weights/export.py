@@ -11,7 +11,7 @@ from torch import nn
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.mapping import Entry, NameMap, NameMapping, Place, label
 from vllm_graft.weights.rows import Part, part_of, rows_in
-from vllm_graft.weights.shards import rows_of, whole
+from vllm_graft.weights.shards import rows_of, whole, whole_shape
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 
 
@@ -40,6 +40,27 @@ def export_weights(
     names.check_targets(slots(model))
     plans = _plans(model, names)
     return (exported for plan in plans for exported in plan.tensors())
+
+
+def exported_shapes(
+    model: nn.Module, name_mapping: NameMapping
+) -> dict[str, tuple[torch.dtype, torch.Size]]:
+    """What `export_weights` would yield, by name and in its order; nothing is gathered.
+
+    Raises:
+        WeightError: as `export_weights` does.
+    """
+    names = NameMap(name_mapping)
+    names.check_targets(slots(model))
+    return {
+        name: (tensor_in(plan.slot).dtype, part_of(_on_meta(plan.slot), row).shape)
+        for plan in _plans(model, names)
+        for row, (name, _) in plan.pieces.items()
+    }
+
+
+def _on_meta(slot: Slot) -> torch.Tensor:
+    return torch.empty(whole_shape(tensor_in(slot)), device="meta")
 
 
 @dataclass(frozen=True)

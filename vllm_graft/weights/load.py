@@ -70,6 +70,10 @@ class Load:
         self._loaders.append(_Loader(model, mapping, self))
         return self._loaders[-1]
 
+    def mappings(self) -> list[tuple[nn.Module, NameMapping]]:
+        """What `load_external_weights` was called with in this load: models and mappings."""
+        return [(loader.model, loader.mapping) for loader in self._loaders]
+
     def report(self) -> LoadReport:
         """The reports of all calls as one."""
         total = LoadReport()

@@ -32,6 +32,7 @@ _HOME = {
     "interleave_rope_rows": "vllm_graft.weights.rows",
     "WeightError": "vllm_graft.weights.errors",
     "ParallelContext": "vllm_graft.parallel",
+    "OtherStage": "vllm_graft.stage",
     "TrainableLLM": "vllm_graft.train.llm",
     "TrainableAsyncLLM": "vllm_graft.train.async_llm",
     "verify_exactness": "vllm_graft.train.exactness",
@@ -73,6 +74,7 @@ if TYPE_CHECKING:
     from vllm_graft.routing import record_routing as record_routing
     from vllm_graft.serve.registry import RegistrationError as RegistrationError
     from vllm_graft.serve.registry import register as register
+    from vllm_graft.stage import OtherStage as OtherStage
     from vllm_graft.train.async_llm import TrainableAsyncLLM as TrainableAsyncLLM
     from vllm_graft.train.exactness import ExactnessReport as ExactnessReport
     from vllm_graft.train.exactness import verify_exactness as verify_exactness

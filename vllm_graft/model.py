@@ -19,7 +19,8 @@ class VLLMModelForCausalLM(nn.Module, ABC):
     """
 
     supports_pp: bool = False
-    """Pipeline parallelism. Graft does not run it yet, so vLLM refuses PP > 1."""
+    """Whether the model builds only `parallel_context.stage_layers(n)` of its layers,
+    with an `OtherStage` in each place of another pipeline stage."""
 
     supports_multimodal: bool = False
     """Multimodal inputs. `True` is refused when the model is built."""
@@ -39,7 +40,9 @@ class VLLMModelForCausalLM(nn.Module, ABC):
         """Return hidden states `[T, D]` for token ids `[T]` at `positions` `[T]`.
 
         A model that only takes `[B, L]` is called with `[1, T]` and may return
-        `[1, T, D]`; the adapter finds out which of the two it wants.
+        `[1, T, D]`; the adapter finds out which of the two it wants. A later
+        pipeline stage also gets `hidden_states`, what the stage before returned, and
+        goes on from there.
         """
 
     @abstractmethod

@@ -64,6 +64,32 @@ class ParallelContext:
         """The pipeline-parallel device group of vLLM, or None before it exists."""
         return _group("pp")
 
+    def stage_layers(self, num_layers: int) -> range:
+        """The layers of this pipeline stage, as vLLM divides them; all of them without stages.
+
+        `VLLM_PP_LAYER_PARTITION` is honoured. The first stage has layer 0 and the
+        embedding, the last one has layer `num_layers - 1`, norm and head.
+
+        Args:
+            num_layers: of the whole model.
+
+        Raises:
+            ValueError: a stage would have no layer.
+        """
+        stages = self.pipeline_model_parallel_size
+        if stages == 1:
+            return range(num_layers)
+        from vllm_graft.serve._vllm_pp import layers_of_stage
+
+        layers = [layers_of_stage(num_layers, stage, stages) for stage in range(stages)]
+        if not all(layers):
+            raise ValueError(
+                f"pipeline_parallel_size={stages}, but the model has {num_layers} layers, divided "
+                f"{'|'.join(str(len(own)) for own in layers)}: each stage needs at least one. Use "
+                f"pipeline_parallel_size <= {num_layers}, or another VLLM_PP_LAYER_PARTITION"
+            )
+        return layers[self.get_pipeline_parallel_rank()]
+
     def tp_mesh(self, device_type: str | None = None) -> DeviceMesh:
         """A one-dimensional mesh `("tp",)` over vLLM's own tensor-parallel ranks.
 

@@ -26,6 +26,7 @@ from vllm_graft.examples.refusals import refuse_fields
 from vllm_graft.examples.script import run
 from vllm_graft.examples.torchtitan_model import TorchTitanForCausalLM
 from vllm_graft.examples.torchtitan_moe import feed_forward_names, ffn_config, moe_config
+from vllm_graft.examples.torchtitan_stages import keep_stage
 
 ARCH = "Qwen3TorchTitan"
 
@@ -51,9 +52,13 @@ values."""
 class Qwen3TorchTitanForCausalLM(TorchTitanForCausalLM):
     """TorchTitan's `Qwen3Model` behind the four methods of the Custom Model API."""
 
+    supports_pp = True
+
     def __init__(self, vllm_config: Any, parallel_context: Any = None, **kwargs: Any) -> None:
         hf_config = vllm_config.hf_config
         config = qwen3_config(hf_config, vllm_config.model_config.max_model_len)
+        if parallel_context is not None:
+            keep_stage(config, parallel_context)
         super().__init__(config, name_mapping(hf_config), use_mla=False)
 
 

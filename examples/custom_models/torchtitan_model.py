@@ -47,14 +47,24 @@ class TorchTitanForCausalLM(VLLMModelForCausalLM):
         return embedded
 
     def forward(
-        self, input_ids: torch.Tensor, positions: torch.Tensor | None = None, **kwargs: Any
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        hidden_states: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> torch.Tensor:
-        """Hidden states for `[T]` (one flat batch) or `[B, L]` token ids."""
+        """Hidden states for `[T]` (one flat batch) or `[B, L]` token ids.
+
+        `hidden_states` `[T, D]` are those of the pipeline stage before, where there is one.
+        """
         flat = input_ids.dim() == 1
         tokens_BL = input_ids[None] if flat else input_ids
         positions_BL = positions[None] if flat and positions is not None else positions
         with self.parallel.running():
-            h_BLD = self.model.tok_embeddings(tokens_BL)
+            if hidden_states is None:
+                h_BLD = self.model.tok_embeddings(tokens_BL)
+            else:
+                h_BLD = hidden_states.view(*tokens_BL.shape, -1)
             for layer in self.model.layers.values():
                 h_BLD = layer(h_BLD, None, positions_BL)
             h_BLD = self.model.norm(h_BLD)

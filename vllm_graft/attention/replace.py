@@ -19,6 +19,7 @@ from vllm_graft.families import (
 )
 from vllm_graft.families.swap import Swap
 from vllm_graft.precision import keep_table_precision
+from vllm_graft.stage import OtherStage
 
 logger = logging.getLogger("vllm_graft")
 
@@ -85,10 +86,15 @@ def replace_with_trainable_attention(model: nn.Module, use_mla: bool = False) ->
             cannot be swapped faithfully, a count that disagrees with the
             model's config, or the wrong `use_mla`.
     """
-    planned = [_Planned.of(name, layer, use_mla) for name, layer in _layers(model)]
+    layers = list(_layers(model))
+    planned = [
+        _Planned.of(name, layer, use_mla)
+        for name, layer in layers
+        if not isinstance(layer, OtherStage)
+    ]
     if not planned:
-        raise ValueError(f"{type(model).__name__}.layers is empty: no attention was swapped")
-    _check_count(model, len(planned))
+        raise ValueError(f"{type(model).__name__}.layers holds no layer: no attention was swapped")
+    _check_count(model, len(layers))
     megatron.check(model)
     # Nothing was touched so far: a refusal leaves the model as it was.
     for entry in planned:

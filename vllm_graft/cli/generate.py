@@ -22,6 +22,8 @@ from vllm_graft.cli.options import (
     Factory,
     Json,
     MaxModelLen,
+    PipelineParallel,
+    TensorParallel,
 )
 from vllm_graft.cli.target import import_factory, register_target
 
@@ -65,12 +67,20 @@ def generate(
     dtype: Dtype = "auto",
     max_model_len: MaxModelLen = None,
     enforce_eager: EnforceEager = False,
+    tensor_parallel_size: TensorParallel = 1,
+    pipeline_parallel_size: PipelineParallel = 1,
     as_json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Complete prompts and print the new text, one completion per prompt."""
     name = register_target(checkpoint, arch, factory)
-    engine = {"dtype": dtype, "max_model_len": max_model_len, "enforce_eager": enforce_eager}
+    engine = {
+        "dtype": dtype,
+        "max_model_len": max_model_len,
+        "enforce_eager": enforce_eager,
+        "tensor_parallel_size": tensor_parallel_size,
+        "pipeline_parallel_size": pipeline_parallel_size,
+    }
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with stdout_kept_clean():
         _settle_environment(verbose)

@@ -70,6 +70,24 @@ EnforceEager = Annotated[
         "--enforce-eager", help="Run the model without torch.compile.", rich_help_panel=ENGINE
     ),
 ]
+TensorParallel = Annotated[
+    int,
+    typer.Option(
+        "--tensor-parallel-size",
+        min=1,
+        help="Processes that share each layer.",
+        rich_help_panel=ENGINE,
+    ),
+]
+PipelineParallel = Annotated[
+    int,
+    typer.Option(
+        "--pipeline-parallel-size",
+        min=1,
+        help="Stages that divide the layers, a process each.",
+        rich_help_panel=ENGINE,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="Machine-readable output.", rich_help_panel=OUTPUT),

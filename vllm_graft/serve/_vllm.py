@@ -244,7 +244,7 @@ def compiled(module_class: type[nn.Module]) -> type[nn.Module]:
     from vllm.compilation.decorators import support_torch_compile
 
     decorated: type[nn.Module] = support_torch_compile(
-        dynamic_arg_dims={"input_ids": 0, "positions": 0}
+        dynamic_arg_dims={"input_ids": 0, "positions": 0, "hidden_states": 0}
     )(module_class)
     return decorated
 

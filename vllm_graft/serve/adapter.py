@@ -16,18 +16,17 @@ from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
-from vllm_graft.serve import _vllm
-from vllm_graft.serve.body import call, find_layout, make_body
-from vllm_graft.serve.kv import PagedAttention, bind
+from vllm_graft.serve import _vllm, _vllm_pp
+from vllm_graft.serve.body import make_body
+from vllm_graft.serve.dry_run import DryRun
+from vllm_graft.serve.kv import bind, new_forward
 from vllm_graft.serve.loading import Loading
 from vllm_graft.serve.ranks import check_ranks_differ, naming_rank
 from vllm_graft.serve.registry import factory_of
+from vllm_graft.serve.stages import Stage, check_stages
 from vllm_graft.weights.errors import WeightError
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
-_DRY_RUN_POSITIONS = (40, 3, 17, 0, 29, 11)
-"""Distinct, in no order, and beyond the number of tokens."""
-_SHUFFLED = (3, 0, 5, 1, 4, 2)
 
 
 class _Structure:
@@ -52,11 +51,14 @@ class GraftForCausalLM(nn.Module):
     """
 
     arch: ClassVar[str]
+    supports_pp: ClassVar[bool] = True
+    """vLLM asks before there is a model to ask; `build` refuses those that say no."""
 
     @naming_rank()
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
         self.model = build(self.arch, vllm_config)
+        self._stage = Stage.of(vllm_config)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
@@ -79,17 +81,17 @@ class GraftForCausalLM(nn.Module):
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor:
-        """Hidden states `[T, D]` for vLLM's flat batch of T tokens."""
+    ) -> Any:
+        """Hidden states `[T, D]` for vLLM's flat batch of T tokens; packed for a next stage."""
         self.check_servable()
         if input_ids is None or inputs_embeds is not None:
             raise ValueError(f"{self.arch}: prompt embeddings are not supported; send token ids")
         if positions.dim() != 1:
             raise ValueError(f"{self.arch}: expected positions [T], got {tuple(positions.shape)}")
-        self._new_forward()
+        new_forward(self._paged)
         with evaluating(self._user_modules()):
-            hidden: torch.Tensor = self._body(input_ids, positions)
-        return hidden
+            hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
+        return self._stage.sent(hidden)
 
     def check_servable(self) -> None:
         """Raise if the weights are incomplete.
@@ -104,9 +106,13 @@ class GraftForCausalLM(nn.Module):
         """Serve nothing until a whole load has gone through."""
         self._loading.give_up(reason)
 
-    def _new_forward(self) -> None:
-        for paged in self._paged:
-            paged.calls = 0
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> Any:
+        """Room for what the stage before sends: `[batch_size, D]`."""
+        return _vllm_pp.message(
+            torch.zeros(batch_size, self._stage.width, dtype=dtype, device=device)
+        )
 
     def _user_modules(self) -> list[nn.Module]:
         """All modules of the user's model as it is now."""
@@ -114,61 +120,6 @@ class GraftForCausalLM(nn.Module):
             self._modules_as_of = _Structure.changes
             self._modules_below = list(self.model.modules())
         return self._modules_below
-
-    @torch.inference_mode()
-    def _try_out(self) -> None:
-        """Run a few tokens: learn which shape the model takes, refuse what cannot serve."""
-        device = next(self.model.parameters()).device
-        positions = torch.tensor(_DRY_RUN_POSITIONS, device=device) % self._max_model_len
-        tokens = torch.arange(len(positions), device=device) * 7 % self._vocab_size
-        with rehearsal(self._paged), evaluating(self._user_modules()):
-            self._body.batched, hidden = find_layout(
-                self.model, tokens, positions, self._new_forward
-            )
-            unused = [paged.name for paged in self._paged if paged.calls == 0]
-            self._check_order(tokens, positions, hidden)
-        if unused:
-            raise RuntimeError(
-                f"{self.arch}: attention modules that no forward reaches: {', '.join(unused)}"
-            )
-        self._check_logits(hidden)
-
-    def _check_order(
-        self, tokens: torch.Tensor, positions: torch.Tensor, hidden: torch.Tensor
-    ) -> None:
-        """Refuse a model in which a token's result depends on its neighbours in the batch.
-
-        Attention gives every token a result of its own in the dry run, so the
-        same tokens in another order must give the same hidden states.
-        """
-        order = torch.tensor(_SHUFFLED, device=tokens.device)
-        self._new_forward()
-        shuffled = call(self.model, tokens[order], positions[order], batched=self._body.batched)
-        want, got = hidden[order].float(), shuffled.flatten(0, -2).float()
-        difference = float((got - want).abs().max() / want.abs().max())
-        limit = 1e-3 if hidden.dtype == torch.float32 else 5e-2
-        if difference > limit:
-            raise RuntimeError(
-                f"{self.arch}: outside CoreAttention, the result for a token depends on the other "
-                f"tokens of vLLM's flat batch (by {difference:.2g} of the largest value when the "
-                "batch is reordered). Requests would mix. Usual causes: attention that was not "
-                "swapped, positions counted from the input instead of taken from `positions`, a "
-                "convolution or token shift"
-            )
-
-    def _check_logits(self, hidden: torch.Tensor) -> None:
-        try:
-            logits = self.compute_logits(hidden[:1])
-        except RuntimeError as error:
-            raise RuntimeError(
-                f"{self.arch}: compute_logits failed on hidden states {tuple(hidden.shape)} from "
-                f"forward (which must return hidden states, not logits): {error}"
-            ) from error
-        if logits.shape[0] != 1 or logits.shape[-1] < self._vocab_size:
-            raise RuntimeError(
-                f"{self.arch}: compute_logits returned {tuple(logits.shape)} for 1 token; "
-                f"expected (1, {self._vocab_size}), vocab_size of the checkpoint's config"
-            )
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
@@ -194,8 +145,27 @@ class GraftForCausalLM(nn.Module):
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
         if self._loading.finish():
-            check_ranks_differ(self.model, ParallelContext.from_config(self._parallel_config))
-            self._try_out()
+            self._check_ranks()
+            with evaluating(self._user_modules()):
+                self._dry_run().run()
+
+    def _check_ranks(self) -> None:
+        context = ParallelContext.from_config(self._parallel_config)
+        check_ranks_differ(self.model, context)
+        layers = [paged.name for paged in self._paged]
+        check_stages(layers, self._loading.report.elsewhere, context)
+
+    def _dry_run(self) -> DryRun:
+        return DryRun(
+            arch=self.arch,
+            model=self.model,
+            body=self._body,
+            paged=self._paged,
+            stage=self._stage,
+            vocab_size=self._vocab_size,
+            max_model_len=self._max_model_len,
+            compute_logits=self.compute_logits,
+        )
 
 
 @functools.cache
@@ -221,6 +191,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
             else factory(vllm_config, context)
         )
     _check_model(arch, model)
+    _check_stages_supported(arch, model, context)
     shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
@@ -244,6 +215,19 @@ def _check_model(arch: str, model: Any) -> None:
         raise ValueError(
             f"{arch}: supports_multimodal = True, but Graft serves text only; set it to False"
         )
+
+
+def _check_stages_supported(arch: str, model: nn.Module, context: ParallelContext) -> None:
+    stages = context.get_pipeline_parallel_world_size()
+    if stages == 1:
+        return
+    if not getattr(model, "supports_pp", False):
+        raise ValueError(
+            f"{arch}: pipeline_parallel_size={stages}, but {type(model).__name__}.supports_pp is "
+            "False: it would be whole on every stage. Use pipeline_parallel_size=1, or build "
+            "the layers in parallel_context.stage_layers(num_layers) and set supports_pp = True"
+        )
+    _vllm_pp.make_receive_buffer_when_eager()
 
 
 def model_digest(arch: str, model: nn.Module) -> str:
@@ -278,18 +262,6 @@ def _constants(value: Any, depth: int) -> str:
 def _attributes(value: Any) -> dict[str, Any]:
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     return {**{n: getattr(value, n, None) for n in slots}, **getattr(value, "__dict__", {})}
-
-
-@contextmanager
-def rehearsal(layers: list[PagedAttention]) -> Iterator[None]:
-    """Run attention without a cache in the block, see `PagedAttention.rehearsing`."""
-    for layer in layers:
-        layer.rehearsing = True
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.rehearsing = False
 
 
 @contextmanager

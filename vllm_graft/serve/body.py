@@ -14,7 +14,10 @@ from vllm_graft.serve import _vllm
 
 
 class TokenBody(nn.Module):
-    """`(input_ids [T], positions [T]) -> hidden [T, D]`, compiled by vLLM where asked."""
+    """`(input_ids [T], positions [T]) -> hidden [T, D]`, compiled by vLLM where asked.
+
+    A later pipeline stage gets the hidden states `[T, D]` of the one before as well.
+    """
 
     def __init__(self, *, model: nn.Module, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
@@ -23,9 +26,14 @@ class TokenBody(nn.Module):
         self.batched = False
         """Call the model with `[1, T]` instead of `[T]`; known after `find_layout`."""
 
-    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        hidden_states: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Run the model with its positions in context."""
-        hidden = call(self._model[0], input_ids, positions, batched=self.batched)
+        hidden = call(self._model[0], input_ids, positions, hidden_states, batched=self.batched)
         return hidden.flatten(0, 1) if hidden.dim() == 3 else hidden
 
 
@@ -46,13 +54,20 @@ def _compiled_body() -> type[nn.Module]:
 
 
 def call(
-    model: nn.Module, input_ids: torch.Tensor, positions: torch.Tensor, *, batched: bool
+    model: nn.Module,
+    input_ids: torch.Tensor,
+    positions: torch.Tensor,
+    hidden_states: torch.Tensor | None = None,
+    *,
+    batched: bool,
 ) -> torch.Tensor:
     """One serving forward of the user's module on `[T]` or `[1, T]` tokens."""
+    received = {} if hidden_states is None else {"hidden_states": hidden_states}
     with running(TokenBatch(positions=positions, serving=True)):
         if batched:
             input_ids, positions = input_ids[None], positions[None]
-        hidden: torch.Tensor = model(input_ids, positions=positions)
+            received = {name: tensor[None] for name, tensor in received.items()}
+        hidden: torch.Tensor = model(input_ids, positions=positions, **received)
     return hidden
 
 
@@ -60,11 +75,13 @@ def find_layout(
     model: nn.Module,
     input_ids: torch.Tensor,
     positions: torch.Tensor,
+    hidden_states: torch.Tensor | None,
     before_try: Callable[[], None],
 ) -> tuple[bool, torch.Tensor]:
     """Whether `model` takes `[T]` tokens, as vLLM has them, or `[1, T]`.
 
     Args:
+        hidden_states: `[T, D]` for a later pipeline stage, else None.
         before_try: called before each of the two tries.
 
     Returns:
@@ -78,7 +95,7 @@ def find_layout(
         before_try()
         shape = "[1, T]" if batched else "[T]"
         try:
-            hidden = call(model, input_ids, positions, batched=batched)
+            hidden = call(model, input_ids, positions, hidden_states, batched=batched)
         except (ValueError, RuntimeError, IndexError, TypeError, AssertionError) as error:
             failures.append((f"  with {shape} tokens: {type(error).__name__}: {error}", error))
             continue

@@ -85,6 +85,12 @@ class PagedLatent(PagedAttention):
         return out.view(shape)
 
 
+def new_forward(layers: list[PagedAttention]) -> None:
+    """Each layer may run once from here."""
+    for layer in layers:
+        layer.calls = 0
+
+
 def cache_names(names: list[str]) -> list[str]:
     """KV-cache layer names from qualified module names.
 

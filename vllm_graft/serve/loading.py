@@ -36,6 +36,8 @@ class Loading:
     def __init__(self, arch: str, model: nn.Module) -> None:
         self.refusal: str | None = None
         """Why the model must not be served: a load broke off or left something out."""
+        self.report = LoadReport()
+        """Where the tensors of the last whole load went."""
         self._arch = arch
         self._model = model
         self._names = tied_names(model)
@@ -82,7 +84,8 @@ class Loading:
         if self._sentinels is not None:
             unwritten = self._sentinels.unwritten()
             self._stop_marking()
-            self._tell(self._load.report())
+            self.report = self._load.report()
+            self._tell(self.report)
             self.refusal = self._verdict(unwritten)
             self._load = Load(self._names)
         if self.refusal is not None:

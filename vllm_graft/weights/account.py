@@ -24,14 +24,17 @@ class LoadReport:
     """Checkpoint names that the mapping does not name."""
     dropped: list[str] = field(default_factory=list)
     """Checkpoint names that the mapping drops on purpose (maps to None)."""
+    elsewhere: list[str] = field(default_factory=list)
+    """Checkpoint names whose place another pipeline stage holds (`OtherStage`)."""
     missing: list[str] = field(default_factory=list)
     """Parameters, buffers that the mapping names, and rows left without a value."""
     numel: int = 0
     """Numbers written."""
 
     def __str__(self) -> str:
+        others = f"{len(self.elsewhere)} on other stages, " if self.elsewhere else ""
         lines = [
-            f"{len(self.loaded)} tensors loaded ({self.numel:,} numbers), "
+            f"{len(self.loaded)} tensors loaded ({self.numel:,} numbers), {others}"
             f"{len(self.skipped)} skipped, {len(self.dropped)} dropped on purpose, "
             f"{len(self.missing)} parameters missing"
         ]

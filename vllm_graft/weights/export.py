@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_graft.stage import other_stages
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.mapping import Entry, NameMap, NameMapping, Place, label
 from vllm_graft.weights.rows import Part, part_of, rows_in
@@ -22,7 +23,8 @@ def export_weights(
 
     Args:
         model: plain, DTensor or tensor-parallel local parameters. What is sharded is
-            gathered, so every rank must consume the iterator to its end.
+            gathered, so every rank must consume the iterator to its end. A pipeline
+            stage exports what it holds.
         name_mapping: the mapping that loads a checkpoint into the model.
 
     Returns:
@@ -37,7 +39,7 @@ def export_weights(
             that no entry fills, or several do, or whose checkpoint name would load elsewhere.
     """
     names = NameMap(name_mapping)
-    names.check_targets(slots(model))
+    names.check_targets(slots(model), (f"{place}." for place in other_stages(model)))
     plans = _plans(model, names)
     return (exported for plan in plans for exported in plan.tensors())
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from vllm_graft.stage import other_stages
 from vllm_graft.weights.account import Account, LoadReport, Missing, missing_text
 from vllm_graft.weights.errors import WeightError, nearest
 from vllm_graft.weights.fp8 import SUFFIX, Halves, check_scale, is_block_fp8
@@ -81,6 +82,7 @@ class Load:
             total.loaded |= report.loaded
             total.skipped += report.skipped
             total.dropped += report.dropped
+            total.elsewhere += report.elsewhere
             total.numel += report.numel
         return total
 
@@ -112,7 +114,8 @@ def load_external_weights(
             `[{}]` is a row of dim 0, one expert of a stack. `RowOrder` reorders
             rows, `Rows` fills some rows of a fused parameter. None drops the tensor
             on purpose, and there the name may contain `*` for any text. Entries are tried
-            in order, after exact names.
+            in order, after exact names. On a pipeline stage it is the mapping of the
+            whole model: what belongs in the place of an `OtherStage` is left to that stage.
         verbose: print the report.
 
     Returns:
@@ -154,7 +157,8 @@ class _Loader:
         self._names = NameMap(mapping)
         self._slots = slots(model)
         self._load = load
-        self._names.check_targets(self._slots)
+        self._other_stages = tuple(f"{place}." for place in other_stages(model))
+        self._names.check_targets(self._slots, self._other_stages)
         parameters = {id(p) for p in model.parameters()}
         for name, slot in self._slots.items():
             tensor = tensor_in(slot)
@@ -175,6 +179,8 @@ class _Loader:
             report.skipped.append(name)
         elif place.target is None:
             report.dropped.append(name)
+        elif place.target.startswith(self._other_stages):
+            report.elsewhere.append(name)
         elif place.target not in self._slots:
             raise WeightError(
                 f"checkpoint tensor {name!r} maps to {place.target!r}, which the model does not "

@@ -79,6 +79,12 @@ class Entry:
         numbers = self._numbers(target) or []
         return _fill(self.source, [*numbers, str(row)] if self.index == "{}" else numbers)
 
+    def leads_below(self, prefix: str) -> bool:
+        """Whether tensors of this entry may go to names that begin with `prefix`."""
+        depth = prefix.count(".")
+        words = str(self.target).split(".")
+        return _regex(".".join(words[:depth]) + ".").fullmatch(prefix) is not None
+
     def _numbers(self, target: str) -> list[str] | None:
         match = self._target_regex and self._target_regex.fullmatch(target)
         return list(match.groups()) if match else None
@@ -118,15 +124,21 @@ class NameMap:
                 found.setdefault(row, []).append(entry)
         return found
 
-    def check_targets(self, names: Iterable[str]) -> None:
+    def check_targets(self, names: Iterable[str], other_stages: Iterable[str] = ()) -> None:
         """Raise if a model pattern names nothing that exists.
+
+        Args:
+            names: what the model has.
+            other_stages: prefixes, with their dot, of what other pipeline stages have.
 
         Raises:
             WeightError: naming the entry and the nearest existing names.
         """
-        known = list(names)
+        known, elsewhere = list(names), list(other_stages)
         for entry in self.entries:
-            if entry.target is not None and not any(entry.rows(name, 1) for name in known):
+            if entry.target is None or any(entry.leads_below(place) for place in elsewhere):
+                continue
+            if not any(entry.rows(name, 1) for name in known):
                 raise WeightError(
                     f"name_mapping {entry.source!r} -> {entry.target!r}: the model has no such "
                     f"parameter; {nearest(entry.target, known)}"

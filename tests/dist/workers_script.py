@@ -1,0 +1,34 @@
+"""Greedy tokens of prompts by vLLM's own worker processes: `workers_script.py CHECKPOINT ARCH PROMPTS OPTIONS`.
+
+ARCH is one that Graft knows or `stock`; PROMPTS and OPTIONS (of `LLM`) are JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import vllm_graft
+from tests.support import generate
+from vllm_graft.serve.registry import BUILT_IN
+
+
+def main() -> None:
+    """Print the tokens after `TOKENS`."""
+    checkpoint, arch, prompts, options = sys.argv[1:]
+    overrides = {}
+    if arch != "stock":
+        vllm_graft.register(arch, BUILT_IN.get(arch, arch))
+        overrides = {"hf_overrides": {"architectures": [arch]}}
+    from vllm import LLM
+
+    llm = LLM(
+        checkpoint, dtype="float32", max_model_len=512, skip_tokenizer_init=True,
+        disable_log_stats=True, **overrides, **json.loads(options),
+    )  # fmt: skip
+    made = generate(llm, json.loads(prompts), max_tokens=16)
+    print("TOKENS", json.dumps([list(c.token_ids) for c in made]), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -215,3 +215,10 @@ def test_ranks_need_torchrun(checkpoint):
         vllm_graft.TrainableLLM(
             str(checkpoint), factory=build_qwen3_torchtitan, tensor_parallel_size=2
         )
+
+
+def test_stages_are_refused(checkpoint):
+    with pytest.raises(ValueError, match="no backward runs from stage to stage"):
+        vllm_graft.TrainableLLM(
+            str(checkpoint), factory=build_qwen3_torchtitan, pipeline_parallel_size=2
+        )

@@ -50,6 +50,12 @@ def _name_for(factory: Callable[..., nn.Module] | str) -> str:
 
 def _arrange_ranks(options: dict[str, Any]) -> None:
     """Run tensor-parallel ranks where torchrun put them: each holds its live shard."""
+    stages = options.get("pipeline_parallel_size", 1)
+    if stages != 1:
+        raise ValueError(
+            f"TrainableLLM with pipeline_parallel_size={stages}: no backward runs from stage to "
+            "stage; use tensor_parallel_size"
+        )
     ranks = int(options.get("tensor_parallel_size", 1))
     if ranks == 1:
         return

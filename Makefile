@@ -9,10 +9,10 @@ LOCK := requirements/cpu.txt
 STAMP := $(VENV)/.installed
 
 # Threads that spin while they wait stall each other on shared cores.
-demo test test-full compat: export OMP_WAIT_POLICY ?= PASSIVE
+demo test test-dist test-full compat: export OMP_WAIT_POLICY ?= PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-full lint docs bench compat lock clean
+.PHONY: help install demo test test-dist test-full lint docs bench compat lock clean
 
 help: ## List the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -24,6 +24,9 @@ demo: $(STAMP) ## Serve small models in vLLM, train them, check that the two agr
 
 test: lint ## Lint, types and the fast tests
 	$(BIN)/python -m pytest -m "not slow"
+
+test-dist: $(STAMP) ## What needs two ranks: tests/dist, and tests/custom_models under torchrun
+	$(BIN)/python -m pytest tests/dist
 
 test-full: lint ## Everything, the slow tests too
 	$(BIN)/python -m pytest

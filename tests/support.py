@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import vllm_graft
+from vllm_graft.weights.shards import whole
 
 ROOT = Path(__file__).parents[1]
 MIXED_LENGTHS = (1, 2, 5, 17, 64, 128, 129, 130, 300)
@@ -185,6 +186,15 @@ def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
     """Largest difference over the largest wanted value."""
     got, want = got.detach().double(), want.detach().double()
     return float((got - want).abs().max() / want.abs().max())
+
+
+def gathered_gradient(parameter: torch.Tensor) -> torch.Tensor:
+    """The gradient of the whole parameter, on every rank."""
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    shard = getattr(parameter, "graft_shard", None)
+    if shard is not None:
+        grad.graft_shard = shard
+    return whole(grad)
 
 
 def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

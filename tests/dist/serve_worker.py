@@ -20,9 +20,16 @@ import torch.distributed as dist
 import vllm_graft
 from tests.serve.moe_checks import LENGTHS
 from tests.serve.test_exactness import count_equal
-from tests.support import engine, generate, live_module, prompts, sampled_logprobs
+from tests.support import (
+    engine,
+    gathered_gradient,
+    generate,
+    live_module,
+    prompts,
+    sampled_logprobs,
+)
 from vllm_graft.serve.registry import BUILT_IN
-from vllm_graft.weights.shards import local, whole
+from vllm_graft.weights.shards import local
 
 
 def main() -> None:
@@ -53,15 +60,6 @@ def main() -> None:
             "exported": dict(vllm_graft.export_weights(module.model, module.name_mapping)),
         }
         torch.save(saved, f"{result}.{dist.get_rank()}")
-
-
-def gathered_gradient(parameter: torch.Tensor) -> torch.Tensor:
-    """The gradient of the whole parameter, on every rank."""
-    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    shard = getattr(parameter, "graft_shard", None)
-    if shard is not None:
-        grad.graft_shard = shard
-    return whole(grad)
 
 
 if __name__ == "__main__":

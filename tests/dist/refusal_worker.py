@@ -1,7 +1,11 @@
-"""One rank: start an engine with a factory and print the error. `refusal_worker.py TARGET CHECKPOINT`."""
+"""One rank: start an engine with a factory and print the error.
+
+Run by torchrun: `refusal_worker.py TARGET CHECKPOINT OPTIONS`, the last for the engine, in JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -14,13 +18,13 @@ from tests.support import engine
 
 def main() -> None:
     """Start the engine under torchrun's ranks; it must not."""
-    target, checkpoint = sys.argv[1:]
+    target, checkpoint, options = sys.argv[1:]
     vllm_graft.register("Wrong", target)
     try:
         with engine(
             Path(checkpoint), "Wrong", dtype="float32", seed=0,
             tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
-            distributed_executor_backend="external_launcher",
+            distributed_executor_backend="external_launcher", **json.loads(options),
         ):  # fmt: skip
             print("SERVED")
     except (ValueError, RuntimeError) as error:

@@ -58,8 +58,14 @@ def test_fewer_kv_heads_than_ranks_are_named(target, my_checkpoint, tmp_path):
 
 def assert_refused(target, checkpoint, reason):
     """Every rank says the reason and the right order, and none serves."""
-    printed = torchrun(2, "tests.dist.refusal_worker", target, str(checkpoint))
-    refusals = [line for line in printed.splitlines() if line.startswith("REFUSED")]
-    assert len(refusals) == 2 and "SERVED" not in printed
-    for refusal in refusals:
+    for refusal in refusals(target, checkpoint):
         assert re.search(reason, refusal) and ORDER in refusal, refusal
+
+
+def refusals(target, checkpoint, **options):
+    """What each of two ranks says when it refuses to serve with these options of the engine."""
+    arguments = (target, str(checkpoint), json.dumps(options))
+    printed = torchrun(2, "tests.dist.refusal_worker", *arguments)
+    said = printed.split("REFUSED")[1:]
+    assert len(said) == 2 and "SERVED" not in printed
+    return said

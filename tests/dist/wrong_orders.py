@@ -54,3 +54,15 @@ def plan_first(vllm_config: Any, parallel_context: Any) -> nn.Module:
     parallelize_module(decoder, parallel_context.tp_mesh(), PLAN)
     replace_with_trainable_attention(decoder)
     return decoder
+
+
+def for_other_tokens(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """TorchTitan's own expert parallelism, for which every rank has other tokens."""
+    from torchtitan.models.qwen3.sharding import set_qwen3_sharding_config
+
+    config = qwen3_config(vllm_config.hf_config, vllm_config.model_config.max_model_len)
+    set_qwen3_sharding_config(config, enable_sp=False, enable_ep=True)
+    decoder = config.build()
+    replace_with_trainable_attention(decoder)
+    TitanParallel(decoder, parallel_context)
+    return decoder

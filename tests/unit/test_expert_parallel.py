@@ -90,3 +90,5 @@ def test_configs_for_torchtitans_own_dispatchers_are_refused(size):
     moe.get_submodule(STACK)._sharding_config = ShardingConfig(state_shardings=layout)
     with pytest.raises(ValueError, match=rf"{STACK}: sharded with enable_ep=True"):
         check_expert_parallel(moe, context(expert_parallel_size=size))
+    # One rank has all tokens and all experts, whatever the configs say.
+    check_expert_parallel(moe, ParallelContext())

@@ -29,22 +29,30 @@ def check_expert_parallel(model: nn.Module, parallel_context: Any) -> None:
         ValueError: experts that the ranks cannot share, or none; ranks other than the
             tensor-parallel ones; configs sharded for TorchTitan's own dispatchers.
     """
+    size = parallel_context.get_expert_parallel_world_size()
+    ranks = parallel_context.get_tensor_parallel_world_size()
+    if size not in (1, ranks):
+        raise ValueError(
+            f"expert_parallel_size={size} with tensor_parallel_size={ranks}: experts are divided "
+            "among the tensor-parallel ranks only; use data_parallel_size=1"
+        )
     stacks = expert_stacks(model)
+    if ranks > 1:
+        _refuse_dispatchers(stacks)
+    if size > 1:
+        _check_count(stacks, size)
+
+
+def _refuse_dispatchers(stacks: dict[str, Any]) -> None:
     for name, experts in stacks.items():
         if "ep" in _axes(experts):
             raise ValueError(
                 f"{name}: sharded with enable_ep=True, for ranks that hold different tokens; build "
                 "the model with enable_ep=False and start vLLM with enable_expert_parallel=True"
             )
-    size = parallel_context.get_expert_parallel_world_size()
-    ranks = parallel_context.get_tensor_parallel_world_size()
-    if size == 1:
-        return
-    if size != ranks:
-        raise ValueError(
-            f"expert_parallel_size={size} with tensor_parallel_size={ranks}: experts are divided "
-            "among the tensor-parallel ranks only; use data_parallel_size=1"
-        )
+
+
+def _check_count(stacks: dict[str, Any], size: int) -> None:
     if not stacks:
         raise ValueError(
             f"expert_parallel_size={size}, but the model has no experts; leave out "

@@ -69,10 +69,12 @@ def sdpa_packed(
     dropout: float = 0.0,
 ) -> torch.Tensor:
     """Differentiable attention, one sample at a time. Returns `[T, N, H]`."""
+    # Slices would each have a gradient as long as the whole batch.
+    lengths = cu_seqlens.diff().tolist()
+    parts = (x.transpose(0, 1).split(lengths, 1) for x in (q_TNH, k_TKH, v_TKH))
     outputs = []
-    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (q_TNH, k_TKH, v_TKH))
-        mask = sample_mask(end - start, spec, q.device)
+    for q, k, v in zip(*parts, strict=True):
+        mask = sample_mask(q.shape[1], spec, q.device)
         out = F.scaled_dot_product_attention(
             q[None],
             k[None],

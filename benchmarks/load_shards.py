@@ -4,7 +4,8 @@
 
 Writes a random Qwen3 checkpoint (bf16, two layers as wide as an 8B model's, 1.3 GB) and two
 copies to a temporary folder, starts two ranks, and has each load its half of TorchTitan's
-Qwen3 from vLLM's own safetensors iterator. Three figures, as parts of the checkpoint's bytes:
+Qwen3 from vLLM's own safetensors iterator. `--num-experts 64` makes it a mixture of experts,
+`--expert-parallel` gives each rank half of those. Three figures, as parts of the checkpoint:
 
 - *taken*: bytes that operations read out of the mapped tensors. Views read nothing.
 - *from disk, alone*: `read_bytes` of /proc/self/io while loading a copy that only this rank
@@ -68,19 +69,24 @@ class Taken(TorchDispatchMode):
 
 def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
     """A random Qwen3 checkpoint in Hugging Face format; returns the bytes of its tensors."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
+    from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     heads = sizes["hidden_size"] // 64
-    config = Qwen3Config(
-        **sizes, num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    model = Qwen3ForCausalLM(config).bfloat16()
+    attention = {
+        "num_attention_heads": heads, "num_key_value_heads": heads // 2, "head_dim": 64,
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+    if sizes["num_experts"]:
+        width = {"moe_intermediate_size": sizes["intermediate_size"]}
+        model: Any = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes, **width, **attention))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, **attention))
+    model.bfloat16()
     model.save_pretrained(folder, max_shard_size="300MB")
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def build(folder: Path) -> Any:
+def build(folder: Path, *, expert_parallel: bool) -> Any:
     """This rank's half of TorchTitan's Qwen3."""
     from transformers import AutoConfig
 
@@ -91,7 +97,10 @@ def build(folder: Path) -> Any:
         hf_config=AutoConfig.from_pretrained(folder),
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=512),
     )
-    return build_qwen3_torchtitan(vllm_config, ParallelContext(tensor_model_parallel_size=RANKS))
+    context = ParallelContext(
+        tensor_model_parallel_size=RANKS, expert_parallel_size=RANKS if expert_parallel else 1
+    )
+    return build_qwen3_torchtitan(vllm_config, context)
 
 
 def stream(folder: Path, taken: Taken) -> Iterator[tuple[str, torch.Tensor]]:
@@ -130,18 +139,18 @@ def drop_cache(folder: Path) -> None:
         os.close(file)
 
 
-def rank_main(folder: Path) -> None:
+def rank_main(folder: Path, *, expert_parallel: bool) -> None:
     """One rank: load from its own copy, then from the one that all share."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model = build(folder / "shared")
+    model = build(folder / "shared", expert_parallel=expert_parallel)
     alone = load(model, folder / f"rank{rank}")
     both = load(model, folder / "shared")
     (folder / f"{rank}.json").write_text(json.dumps({"alone": alone, "both": both}))
     dist.destroy_process_group()
 
 
-def measure(sizes: dict[str, int]) -> dict[str, Any]:
+def measure(sizes: dict[str, int], *, expert_parallel: bool) -> dict[str, Any]:
     """Write a checkpoint, load it on two ranks, return the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -152,7 +161,8 @@ def measure(sizes: dict[str, int]) -> dict[str, Any]:
             drop_cache(copy)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
-        subprocess.run([*command, "--rank-of", name], stdout=sys.stderr, check=True)
+        command += ["--rank-of", name, *["--expert-parallel"] * expert_parallel]
+        subprocess.run(command, stdout=sys.stderr, check=True)
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {
         "checkpoint_bytes": size,
@@ -178,16 +188,18 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     defaults = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 32000}
-    for name, value in {**defaults, "num_hidden_layers": 2}.items():
+    for name, value in {**defaults, "num_hidden_layers": 2, "num_experts": 0}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--expert-parallel", action="store_true", help="whole experts per rank")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     out, folder = options.pop("json"), options.pop("rank_of")
+    expert_parallel = options.pop("expert_parallel")
     if folder is not None:
-        rank_main(folder)
+        rank_main(folder, expert_parallel=expert_parallel)
         return
-    figures = measure(options)
+    figures = measure(options, expert_parallel=expert_parallel)
     print(table(figures))
     if out is not None:
         out.write_text(json.dumps(figures, indent=2))

@@ -22,11 +22,13 @@ def test_two_ranks_do_what_one_does_and_vllms_own_model(model, tmp_path):
     assert tokens == stock_tokens(2, checkpoint)
 
 
+@pytest.mark.parametrize("eager", [True, False], ids=["eager", "compiled"])
 @pytest.mark.parametrize("model", WITH_EXPERTS)
-def test_whole_experts_and_engine_and_training_agree_in_bfloat16(model, tmp_path):
+def test_whole_experts_and_engine_and_training_agree_in_bfloat16(model, eager, tmp_path):
     arch, make = MODELS[model]
     checkpoint = make(tmp_path / "checkpoint")
-    for rank in run(2, arch, checkpoint, "bfloat16", enable_expert_parallel=True):
+    options = {"enable_expert_parallel": True, "enforce_eager": eager}
+    for rank in run(2, arch, checkpoint, "bfloat16", **options):
         assert rank["equal"] == COMPARED
         stacks = {name: s for name, s in rank["shapes"].items() if "inner_experts" in name}
         assert stacks

@@ -143,6 +143,22 @@ def give_hf_config(vllm_config: Any) -> None:
         cls.hf_config = property(lambda self: self.model_config.hf_config)
 
 
+def refuse_hidden_experts(parallel_config: Any) -> None:
+    """Raise if vLLM's loader would leave out the experts of other ranks.
+
+    Relies on `ParallelConfig.enable_ep_weight_filter`. Can go when a load may leave out rows of
+    other ranks.
+
+    Raises:
+        ValueError: it would.
+    """
+    if parallel_config.enable_expert_parallel and parallel_config.enable_ep_weight_filter:
+        raise ValueError(
+            "enable_ep_weight_filter=True hides the experts of other ranks, and every rank checks "
+            "that the checkpoint has all; leave it out: a rank takes only its own out of the files"
+        )
+
+
 def process_group(axis: str) -> Any:
     """The device group of vLLM for `"tp"` or `"pp"`, or None before it exists."""
     from vllm.distributed import parallel_state

@@ -182,6 +182,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
         ValueError: it asks for what Graft does not do.
     """
     _vllm.give_hf_config(vllm_config)
+    _vllm.refuse_hidden_experts(vllm_config.parallel_config)
     factory: Any = factory_of(arch)
     context = ParallelContext.from_config(vllm_config.parallel_config)
     with parameters_as(vllm_config.model_config.dtype):

@@ -22,6 +22,7 @@ HOOKED = {
     "vllm.v1.engine.core": ("lifetime", "watch_core"),
     "vllm.v1.executor.multiproc_executor": ("lifetime", "watch_workers"),
     "vllm.v1.worker.gpu_worker": ("_vllm_transfer", "prepare_worker"),
+    "vllm.entrypoints.launchers.api_server.routers": ("_vllm_routes", "mount"),
 }
 """vLLM modules whose import calls a function of a module in `vllm_graft.serve`."""
 

@@ -245,3 +245,46 @@ def test_the_sampler_is_built_of_the_parts_that_are_called():
     assert {"logitsprocs", "no_penalties", "all_greedy", "all_random"} <= set(
         SamplingMetadata.__dataclass_fields__
     )
+
+
+def test_workers_still_refuse_a_second_update_for_good():
+    """`WorkerHooks.abandon` can go when vLLM can call an update off."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    assert "if self._weight_update_active:" in inspect.getsource(Worker._start_weight_update)
+    assert not any("abort" in name or "cancel" in name for name in vars(Worker))
+    assert hasattr(Worker, "graft_push"), "the start-up hook did not patch the worker"
+
+
+def test_an_error_of_one_worker_still_leaves_the_answers_of_others_unread():
+    """`Receiver.answer` may raise when this fails."""
+    from vllm.v1.executor.multiproc_executor import MultiprocExecutor
+
+    loop = inspect.getsource(MultiprocExecutor.collective_rpc).split("for mq in response_mqs")[1]
+    assert "raise RuntimeError" in loop.split("responses.append")[0]
+
+
+def test_servers_still_mount_routers_in_one_place_before_the_authentication():
+    from vllm.entrypoints.launchers import app
+    from vllm.entrypoints.launchers.api_server import routers
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    assert list(inspect.signature(routers.register_api_routers).parameters)[:2] == ["args", "app"]
+    assert hasattr(routers.register_api_routers, "__wrapped__"), "the hook did not patch it"
+    source = inspect.getsource(app.build_app)
+    mounted = source.index("register_api_routers(args, app")
+    assert mounted < source.index("init_entrypoints_middleware(args, app")
+    assert "/v1" in GUARDED_PREFIX
+
+
+def test_vllms_own_update_routes_still_lie_outside_the_guarded_paths():
+    """Graft's routes can go when vLLM's ask for the API key and need no development mode."""
+    from vllm.entrypoints.launchers.api_server import routers
+    from vllm.entrypoints.rl.online.api_router import router
+    from vllm.entrypoints.serve.middleware.authenticate import GUARDED_PREFIX
+
+    paths = [route.path for route in router.routes]
+    assert "/update_weights" in paths
+    assert not any(path.startswith(GUARDED_PREFIX) for path in paths)
+    source = inspect.getsource(inspect.unwrap(routers.register_api_routers))
+    assert source.index("VLLM_SERVER_DEV_MODE") < source.index("register_rl_api_routers")

@@ -8,13 +8,22 @@ import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.options import Arch, Checkpoint, Factory
 from vllm_graft.cli.target import import_factory, register_target
+from vllm_graft.train.targets import BACKEND
+
+WeightUpdates = Annotated[
+    bool,
+    typer.Option(
+        "--weight-updates",
+        help="Take weights from vllm_graft.push_weights, from whoever has the API key.",
+    ),
+]
 
 PASS_THROUGH = {"allow_extra_args": True, "ignore_unknown_options": True}
 """Typer settings that leave vLLM's flags to vLLM."""
@@ -24,7 +33,11 @@ _OVERRIDES = "--hf-overrides"
 
 
 def serve(
-    context: typer.Context, checkpoint: Checkpoint, arch: Arch = None, factory: Factory = None
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    arch: Arch = None,
+    factory: Factory = None,
+    weight_updates: WeightUpdates = False,
 ) -> None:
     """Start vLLM's OpenAI server with a model of your own.
 
@@ -35,6 +48,8 @@ def serve(
     """
     name = register_target(checkpoint, arch, factory)
     flags = vllm_flags(context.args, name)
+    if weight_updates:
+        flags += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     import_factory(name)
     run_vllm(["serve", checkpoint, *flags])
 

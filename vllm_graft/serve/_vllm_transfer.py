@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from vllm_graft.serve.receiving import BACKEND, METHOD, Receiver
+from vllm_graft.serve.receiving import Receiver, tensors_in
+from vllm_graft.train.targets import BACKEND, METHOD
 from vllm_graft.weights.errors import WeightError
 
 
@@ -122,8 +123,6 @@ class _Engine:
             initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update: Any) -> None:
-        from vllm_graft.serve.receiving import tensors_in
-
         with _plain_tensors():
             self.model.load_weights(tensors_in(update.segment, update.tensors))
 

@@ -15,14 +15,9 @@ from vllm_graft.serve._vllm_engine import any_rank
 from vllm_graft.serve.adapter import GraftForCausalLM
 from vllm_graft.train import segment
 from vllm_graft.train.digest import compare, digests_of
+from vllm_graft.train.targets import BACKEND
 from vllm_graft.weights.contents import Contents
 from vllm_graft.weights.errors import WeightError
-
-BACKEND = "graft_shm"
-"""The `backend` of vLLM's `weight_transfer_config`."""
-
-METHOD = "graft_push"
-"""The method of a worker that takes the steps."""
 
 _STEPS = ("describe", "start", "write", "finish", "abandon")
 OPEN = "a push of weights has begun and is not complete"

@@ -11,6 +11,12 @@ from urllib.request import Request, urlopen
 
 from vllm_graft.weights.errors import WeightError
 
+BACKEND = "graft_shm"
+"""The `backend` of vLLM's `weight_transfer_config`: shared memory of one host."""
+
+METHOD = "graft_push"
+"""The method of a worker that takes the steps."""
+
 ROUTE = "/v1/graft/weights"
 """Under `/v1`, where vLLM's server asks for its API key."""
 
@@ -58,7 +64,7 @@ class Engine:
             self._check_idle()
             _vllm_engine.refuse_requests(engine, "a push of weights is not complete")
         try:
-            answer = first(self._llm.collective_rpc("graft_push", args=(step, info)))
+            answer = first(self._llm.collective_rpc(METHOD, args=(step, info)))
         except WeightError as error:
             if step != "describe":
                 _vllm_engine.refuse_requests(engine, str(error))

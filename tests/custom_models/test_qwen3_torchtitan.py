@@ -105,6 +105,12 @@ def test_fields_it_cannot_honour_are_refused_by_name(overrides, text):
         refuse_unsupported(config(**overrides))
 
 
+def test_tensor_parallelism_within_stages_is_refused():
+    context = ParallelContext(tensor_model_parallel_size=2, pipeline_model_parallel_size=2)
+    with pytest.raises(ValueError, match="tensor_parallel_size=2 with pipeline_parallel_size=2"):
+        build_qwen3_torchtitan(vllm_config(config()), context)
+
+
 def test_heads_that_the_ranks_cannot_share_are_refused_by_name():
     context = ParallelContext(tensor_model_parallel_size=3)
     text = "layers.0.attention.inner_attention: num_heads=4 cannot be divided among .*size=3"

@@ -32,7 +32,7 @@ class TitanParallel:
         parallel_context: vLLM's, from the factory; None for one rank.
 
     Raises:
-        ValueError: heads or experts that the ranks cannot share.
+        ValueError: heads or experts that the ranks cannot share, or pipeline stages.
     """
 
     def __init__(self, model: nn.Module, parallel_context: Any) -> None:
@@ -41,6 +41,7 @@ class TitanParallel:
             return
         check_expert_parallel(model, parallel_context)
         if parallel_context.get_tensor_parallel_world_size() > 1:
+            _check_one_stage(parallel_context)
             self._mesh = _parallelize(model, parallel_context)
 
     @contextmanager
@@ -64,6 +65,16 @@ class TitanParallel:
         # Every rank goes on with the same numbers, so each takes its own part of the gradient.
         whole: torch.Tensor = spmd.redistribute(logits, group, src=spmd.S(-1), dst=spmd.I)
         return whole
+
+
+def _check_one_stage(parallel_context: Any) -> None:
+    stages = parallel_context.get_pipeline_parallel_world_size()
+    if stages > 1:
+        size = parallel_context.get_tensor_parallel_world_size()
+        raise ValueError(
+            f"tensor_parallel_size={size} with pipeline_parallel_size={stages}: TorchTitan's "
+            "sharding is laid over all processes, which stages would divide; set one of them to 1"
+        )
 
 
 def _parallelize(model: Any, parallel_context: Any) -> Any:

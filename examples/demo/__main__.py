@@ -1,7 +1,8 @@
 """Train TorchTitan's Qwen3 on this machine, serve it in stock vLLM, prove they agree.
 
 Then the same proof for TorchTitan's DeepSeek V3 with random weights: latent
-attention from vLLM's latent cache, experts in groups.
+attention from vLLM's latent cache, experts in groups. Last, reinforcement learning:
+another small Qwen3 learns to add in the engine that samples its answers.
 
 As a script::
 
@@ -16,30 +17,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-import warnings
 from pathlib import Path
 
-ENVIRONMENT = {
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    # Threads that spin while they wait stall each other when the cores are shared.
-    "OMP_WAIT_POLICY": "PASSIVE",
-    "TOKENIZERS_PARALLELISM": "false",
-    "TORCH_CPP_LOG_LEVEL": "ERROR",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",
-    "VLLM_NO_USAGE_STATS": "1",
-}
-"""Defaults that keep the engine small, quiet and offline; a value already set stays."""
-
-
-def settle_environment() -> None:
-    """Set what vLLM and torch read when they are first imported."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="vllm")
-    # Engine and worker in this process: the live module is within reach of autograd.
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+from examples.environment import settle_environment
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -56,6 +36,8 @@ def main() -> None:
     """Run the demo and exit with its status."""
     arguments = parse_arguments()
     settle_environment()
+    # Engine and worker in this process: the live module is within reach of autograd.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     # After the environment: these import torch and vLLM.
     from examples.demo.story import tell
 

@@ -20,6 +20,8 @@ from examples.demo.engines import (
 )
 from examples.demo.ports import Port
 from examples.demo.text import Corpus
+from examples.rl.grpo_arithmetic import Settings, rise
+from examples.rl.report import Step
 
 NUM_PROMPTS, NEW_TOKENS = 16, 64
 NATIVE_LIMIT = 1e-4
@@ -139,11 +141,32 @@ def count_equal(left: list[list[Any]], right: list[list[Any]]) -> tuple[int, int
     return sum(a == b for a, b in pairs), len(pairs)
 
 
-def check_table(port: Port, checks: list[Check]) -> Table:
+def served_title(port: Port) -> str:
+    """What the checks of a served model were measured on."""
+    return f"{port.arch} in vLLM, {NUM_PROMPTS} prompts x {NEW_TOKENS} tokens, float32"
+
+
+def check_learning(steps: list[Step], settings: Settings) -> list[Check]:
+    """Reinforcement learning made the policy better, and engine and trainer stayed one."""
+    tokens, unequal = sum(s.tokens for s in steps), sum(s.unequal for s in steps)
+    first, last = rise(steps)
+    return [
+        Check(
+            claim="KL between engine and trainer is 0 at every step",
+            measured=f"{tokens - unequal:,} of {tokens:,} log-probs equal, {len(steps)} steps",
+            passed=unequal == 0 and all(s.kl == 0.0 for s in steps),
+        ),
+        Check(
+            claim=f"mean reward rises by {settings.goal}",
+            measured=f"from {first:.2f} to {last:.2f}",
+            passed=last - first >= settings.goal,
+        ),
+    ]
+
+
+def check_table(title: str, checks: list[Check]) -> Table:
     """The checks as a table."""
-    table = Table(
-        title=f"{port.arch} in vLLM, {NUM_PROMPTS} prompts x {NEW_TOKENS} tokens, float32"
-    )
+    table = Table(title=title)
     for heading in ("check", "measured", ""):
         table.add_column(heading)
     for check in checks:

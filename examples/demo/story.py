@@ -17,16 +17,20 @@ from transformers.utils.logging import disable_progress_bar
 from examples.demo.checkpoint import write_checkpoint, write_random_checkpoint
 from examples.demo.checks import (
     NUM_PROMPTS,
+    check_learning,
     check_live_engine,
     check_table,
     draw_prompts,
     latent_cache,
     native_completions,
+    served_title,
 )
 from examples.demo.engines import Completion, graft_engine, improvise
 from examples.demo.ports import DEEPSEEK_V3, QWEN3, Port
 from examples.demo.text import Corpus, load_corpus
 from examples.demo.train import Schedule, build_model, train
+from examples.rl.grpo_arithmetic import PLOT, QUICK
+from examples.rl.grpo_arithmetic import train as learn
 
 PROMPT = 'The "for" statement is used to'
 
@@ -40,6 +44,7 @@ def tell(output: Path, *, quick: bool) -> bool:
         corpus = load_corpus()
     passed = tell_qwen3(output, corpus, console, steps=40 if quick else 400)
     passed &= tell_deepseek_v3(output / "deepseek_v3", corpus, console)
+    passed &= tell_learning(output / "rl", console)
     console.print(f"{time.monotonic() - started:.0f} s")
     return passed
 
@@ -59,7 +64,7 @@ def tell_qwen3(folder: Path, corpus: Corpus, console: Console, steps: int) -> bo
         text = improvise(llm, PROMPT)
         checks = check_live_engine(llm, QWEN3, corpus, native)
     console.print(Panel(f"[bold]{PROMPT}[/]{escape(text.rstrip())}", title="completion"))
-    console.print(check_table(QWEN3, checks))
+    console.print(check_table(served_title(QWEN3), checks))
     return all(check.passed for check in checks)
 
 
@@ -73,7 +78,16 @@ def tell_deepseek_v3(folder: Path, corpus: Corpus, console: Console) -> bool:
     with served(DEEPSEEK_V3, checkpoint, console) as llm:
         checks = check_live_engine(llm, DEEPSEEK_V3, corpus, native)
         checks.insert(0, latent_cache(llm, DEEPSEEK_V3.hf_config))
-    console.print(check_table(DEEPSEEK_V3, checks))
+    console.print(check_table(served_title(DEEPSEEK_V3), checks))
+    return all(check.passed for check in checks)
+
+
+def tell_learning(folder: Path, console: Console) -> bool:
+    """Teach a small Qwen3 to add, on the module that samples its answers."""
+    console.print("GRPO on sums of one digit: sampled and trained in one module, bfloat16")
+    steps = learn(folder, QUICK, 0, console)
+    checks = check_learning(steps, QUICK)
+    console.print(check_table(f"GRPO, {len(steps)} steps, plot in {folder / PLOT}", checks))
     return all(check.passed for check in checks)
 
 

@@ -1,4 +1,4 @@
-"""`make demo` in its short form: every check of its two tables passes."""
+"""`make demo` in its short form: every check of its three tables passes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
-QWEN3_CHECKS, DEEPSEEK_V3_CHECKS = 5, 6
+CHECKS = 5 + 6 + 2
+"""Of Qwen3, of DeepSeek V3 and of reinforcement learning."""
 
 
 @pytest.mark.slow
@@ -20,7 +21,8 @@ def test_demo_passes_all_its_checks_and_leaves_checkpoints(tmp_path: Path) -> No
     demo = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=500)
     output = demo.stdout + demo.stderr
     assert demo.returncode == 0, output
-    assert demo.stdout.count(" pass ") == QWEN3_CHECKS + DEEPSEEK_V3_CHECKS, output
+    assert demo.stdout.count(" pass ") == CHECKS, output
     assert "FAIL" not in demo.stdout
     for folder in (tmp_path, tmp_path / "deepseek_v3"):
         assert all((folder / name).is_file() for name in FILES)
+    assert (tmp_path / "rl" / "training.png").is_file()

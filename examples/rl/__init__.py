@@ -1,0 +1,1 @@
+"""Reinforcement learning on the module that vLLM serves."""

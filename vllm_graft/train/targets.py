@@ -54,6 +54,12 @@ class Engine:
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
+        parallel = llm.llm_engine.vllm_config.parallel_config
+        if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+            raise WeightError(
+                f"the engine has {parallel.world_size} ranks under torchrun, and each LLM reaches "
+                "one of them; train its live module in place, or push to a server"
+            )
 
     def call(self, step: str, info: dict[str, Any]) -> dict[str, Any]:
         """See `Target`; while the weights are not whole, new requests raise."""

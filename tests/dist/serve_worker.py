@@ -16,6 +16,7 @@ os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 import torch
 import torch.distributed as dist
+from vllm.compilation.counter import compilation_counter
 
 import vllm_graft
 from tests.serve.moe_checks import LENGTHS
@@ -54,6 +55,7 @@ def main() -> None:
             "tokens": [list(c.token_ids) for c in made],
             "logprobs": [sampled_logprobs(c) for c in made],
             "equal": equal,
+            "compiled": compilation_counter.num_aot_compiles,
             "shapes": {name: tuple(local(p).shape) for name, p in module.named_parameters()},
             "loss": float(loss.detach()),
             "grads": grads,

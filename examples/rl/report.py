@@ -63,6 +63,9 @@ class Report:
         trace: TracebackType | None,
     ) -> None:
         self._live.stop()
+        if not self._live.console.is_interactive:
+            # The last table has no end of line there.
+            self._live.console.print()
         self._file.close()
 
     def add(self, step: Step) -> None:

@@ -1,7 +1,7 @@
 """Layers that give a token the same bits in any batch, eager or compiled.
 
 Three things on CPU make a token's result depend on how it was computed:
-float32 products take another kernel for few rows, float32 `silu` and `sigmoid`
+products take another kernel for few rows (float32) or one (bf16), float32 `silu` and `sigmoid`
 round the last numbers of each thread's share in another way, and compiled
 norms add in another order than eager ones. They are taken out here; everything
 else in a decoder was measured to agree.
@@ -19,7 +19,8 @@ from torch import nn
 
 _UNEVEN_ROWS = 12
 """Below this many rows a float32 product on CPU depends on the row count (measured),
-unless the count is a multiple of 4."""
+unless the count is a multiple of 4. A bf16 product of one row is another than that row's
+among others, from about 2,000 inputs on."""
 
 
 def make_exact(model: nn.Module) -> None:
@@ -52,10 +53,18 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     rows = x.shape[:-1].numel()
-    if rows >= _UNEVEN_ROWS or rows % 4 == 0 or not _float32_on_cpu(x):
+    missing = _missing_rows(x, rows)
+    if not missing:
         return F.linear(x, weight, bias)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % 4))
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
     return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
+
+
+def _missing_rows(x: torch.Tensor, rows: int) -> int:
+    """Rows to add to `rows` of `x` for a product that gives each the same bits in any batch."""
+    if x.device.type != "cpu" or rows >= _UNEVEN_ROWS:
+        return 0
+    return -rows % 4 if x.dtype == torch.float32 else int(rows == 1)
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -118,8 +127,7 @@ class _Sigmoid(torch.autograd.Function):
 def heads_product(x_TNK: torch.Tensor, weight_NKM: torch.Tensor) -> torch.Tensor:
     """One product per head, `[T, N, M]`, whose rows do not depend on how many there are."""
     rows = x_TNK.shape[0]
-    uneven = x_TNK.dtype == torch.float32 and x_TNK.device.type == "cpu" and rows < _UNEVEN_ROWS
-    padded = F.pad(x_TNK, (0, 0, 0, 0, 0, -rows % 4)) if uneven else x_TNK
+    padded = F.pad(x_TNK, (0, 0, 0, 0, 0, _missing_rows(x_TNK, rows)))
     return torch.bmm(padded.transpose(0, 1), weight_NKM).transpose(0, 1)[:rows]
 
 

@@ -73,6 +73,14 @@ def test_float32_products_do_not_depend_on_the_number_of_rows(rows):
     assert torch.equal(layer(x[:rows].view(1, rows, 256))[0], layer(x)[:rows])
 
 
+def test_a_lone_bf16_row_has_the_bits_that_it_has_among_others():
+    torch.manual_seed(0)
+    layer, x = nn.Linear(4096, 1536).bfloat16(), torch.randn(64, 4096).bfloat16()
+    make_exact(layer)
+    with torch.no_grad():
+        assert torch.equal(torch.cat([layer(row[None]) for row in x]), layer(x))
+
+
 def test_exact_layers_differentiate():
     layer = nn.Linear(8, 5)
     plain = copy.deepcopy(layer)

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_graft.products import packed_product
+
 _UNEVEN_ROWS = 12
 """Below this many rows a float32 product on CPU depends on the row count (measured),
 unless the count is a multiple of 4. A bf16 product of one row is another than that row's
@@ -28,8 +30,17 @@ def make_exact(model: nn.Module) -> None:
 
     Parameters and names stay. Modules with a forward of their own are left alone.
     """
+    _give_forwards(model, _EXACT)
+
+
+def take_products(model: nn.Module) -> None:
+    """Only let linear layers serve by packed copies of their weights."""
+    _give_forwards(model, {nn.Linear: _linear_forward})
+
+
+def _give_forwards(model: nn.Module, forwards: dict[Any, Callable[..., torch.Tensor]]) -> None:
     for module in model.modules():
-        for kind, forward in _EXACT.items():
+        for kind, forward in forwards.items():
             own = "forward" in vars(module) or not isinstance(module, kind)
             if not own and type(module).forward is kind.forward:
                 module.forward = partial(forward, module)
@@ -131,8 +142,14 @@ def heads_product(x_TNK: torch.Tensor, weight_NKM: torch.Tensor) -> torch.Tensor
     return torch.bmm(padded.transpose(0, 1), weight_NKM).transpose(0, 1)[:rows]
 
 
+def product(module: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """`linear` by the weight of `module`, or by its packed copy while the engine serves."""
+    packed = packed_product(module, x, bias)
+    return linear(x, module.weight, bias) if packed is None else packed
+
+
 def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, module.weight, module.bias)
+    return product(module, x, module.bias)
 
 
 def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:

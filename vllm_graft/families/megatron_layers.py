@@ -126,7 +126,9 @@ def _column(
         return found
     several = module.output_size_per_partition != module.output_size
     x = megatron_parallel.copy_to(input_, module.tp_group) if several else input_
-    out = exact.linear(x, weight, None if module.skip_bias_add else module.bias)
+    bias = None if module.skip_bias_add else module.bias
+    own = weight is module.weight
+    out = exact.product(module, x, bias) if own else exact.linear(x, weight, bias)
     gather = module.gather_output if runtime_gather_output is None else runtime_gather_output
     if gather and several:
         out = megatron_parallel.gather(out, module.tp_group)
@@ -138,7 +140,7 @@ def _row(module: Any, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
         found: tuple[torch.Tensor, torch.Tensor | None] = type(module).forward(module, input_)
         return found
     several = module.input_size_per_partition != module.input_size
-    out = exact.linear(input_, module.weight, None)
+    out = exact.product(module, input_, None)
     if several:
         out = megatron_parallel.reduce(out, module.tp_group)
     if module.skip_bias_add or module.bias is None:

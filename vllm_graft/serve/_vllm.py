@@ -233,18 +233,30 @@ def _layer_class() -> Any:
 
 EXACT_OPTION = "vllm_graft_exact"
 """Key in vLLM's `additional_config`, True by default."""
+PACKING_OPTION = "vllm_graft_packing"
+"""Another one."""
 
 
 def serves_exactly(vllm_config: Any) -> bool:
-    """Whether serving keeps to the training forward's arithmetic where that costs speed.
+    """Whether serving keeps to the training forward's arithmetic where that costs speed."""
+    return _option(vllm_config, EXACT_OPTION)
+
+
+def packs_weights(vllm_config: Any) -> bool:
+    """Whether linear layers serve by packed copies of their weights."""
+    return _option(vllm_config, PACKING_OPTION)
+
+
+def _option(vllm_config: Any, name: str) -> bool:
+    """A key of `additional_config`, True where it is absent.
 
     Raises:
         ValueError: the option is no boolean (the string "false" is true).
     """
     extra = vllm_config.additional_config
-    chosen = extra.get(EXACT_OPTION, True) if isinstance(extra, dict) else True
+    chosen = extra.get(name, True) if isinstance(extra, dict) else True
     if not isinstance(chosen, bool):
-        raise ValueError(f"additional_config: {EXACT_OPTION}={chosen!r}; use true or false")
+        raise ValueError(f"additional_config: {name}={chosen!r}; use true or false")
     return chosen
 
 

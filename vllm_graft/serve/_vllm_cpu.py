@@ -7,10 +7,13 @@ R latent rank, P rope dims.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from vllm_graft.exact import define_op
 from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
@@ -167,3 +170,67 @@ def latent_scratch(
     cache = rows.new_zeros(num_blocks * LATENT_BLOCK_SIZE, rows.shape[-1])
     cache[slots] = rows
     return cache.view(num_blocks, LATENT_BLOCK_SIZE, -1), LatentBatch.of(cu_seqlens, table)
+
+
+class CpuPacker:
+    """vLLM's packed oneDNN products, by which its own linear layers serve on CPU.
+
+    Relies on `create_onednn_mm` and `onednn_mm` of `vllm._custom_ops`, up to 0.32. In bf16 they
+    round every number as `F.linear` does, in float32 they don't.
+    """
+
+    def __init__(self, *, exact: bool) -> None:
+        self._dtypes = (torch.bfloat16,) if exact else (torch.bfloat16, torch.float32)
+
+    def takes(self, weight: torch.Tensor) -> bool:
+        """Whether `weight` is a matrix that may be packed."""
+        from vllm import _custom_ops as ops
+
+        plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
+        fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
+        return fits and weight.device.type == "cpu" and ops._supports_onednn
+
+    def pack(self, weight: torch.Tensor) -> OneDnnKernel:
+        """A packed copy of `[M, K]`."""
+        from vllm import _custom_ops as ops
+
+        return OneDnnKernel(ops.create_onednn_mm(weight.t(), 32))
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """`[..., K]` to `[..., rows]`; see `products.Packer`."""
+        out: torch.Tensor = torch.ops.vllm_graft.onednn_linear(x, bias, handle, rows)
+        return out
+
+
+@dataclass(frozen=True)
+class OneDnnKernel:
+    """Keeps vLLM's handler alive, which frees the packed weight when it goes."""
+
+    handler: Any
+
+    @property
+    def handle(self) -> torch.Tensor:
+        """The address of the handler, `[1]` int64."""
+        address: torch.Tensor = self.handler.handler_tensor.view(1)
+        return address
+
+
+def _onednn_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
+) -> torch.Tensor:
+    count = x.shape[:-1].numel()
+    flat = x.reshape(count, x.shape[-1])
+    # A lone row would be rounded in another way than among others.
+    flat = F.pad(flat, (0, 0, 0, 1)) if count == 1 else flat.contiguous()
+    out = flat.new_empty(len(flat), rows)
+    torch.ops._C.onednn_mm(out, flat, bias, handle)
+    return out[:count].view(*x.shape[:-1], rows)
+
+
+define_op(
+    "onednn_linear(Tensor x, Tensor? bias, Tensor handle, int rows) -> Tensor",
+    _onednn_linear,
+    lambda x, bias, handle, rows: x.new_empty(*x.shape[:-1], rows),
+)

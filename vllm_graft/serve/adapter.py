@@ -12,8 +12,9 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from vllm_graft import products
 from vllm_graft.attention.shard import shard_attention
-from vllm_graft.exact import make_exact
+from vllm_graft.exact import make_exact, take_products
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm, _vllm_pp
@@ -21,10 +22,12 @@ from vllm_graft.serve.body import make_body
 from vllm_graft.serve.dry_run import DryRun
 from vllm_graft.serve.kv import bind, new_forward
 from vllm_graft.serve.loading import Loading
+from vllm_graft.serve.packing import Packing, packer_for
 from vllm_graft.serve.ranks import check_ranks_differ, naming_rank
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.serve.stages import Stage, check_stages
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.slots import on_meta
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
 
@@ -68,6 +71,9 @@ class GraftForCausalLM(nn.Module):
         self._modules_below: list[nn.Module] = []
         self._modules_as_of = -1
         self._loading = Loading(self.arch, self.model)
+        exact = _vllm.serves_exactly(vllm_config)
+        packer = packer_for(vllm_config, exact=exact)
+        self.packing = Packing(self.model, packer, same=exact)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings `[T, D]`."""
@@ -89,7 +95,8 @@ class GraftForCausalLM(nn.Module):
         if positions.dim() != 1:
             raise ValueError(f"{self.arch}: expected positions [T], got {tuple(positions.shape)}")
         new_forward(self._paged)
-        with evaluating(self._user_modules()):
+        self.packing.refresh()
+        with evaluating(self._user_modules()), products.serving():
             hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
         return self._stage.sent(hidden)
 
@@ -123,7 +130,7 @@ class GraftForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
-        with evaluating(self._user_modules()):
+        with evaluating(self._user_modules()), products.serving():
             logits: torch.Tensor = self.model.compute_logits(hidden_states)  # type: ignore[operator]
         # Rows that only pad the vocabulary are no tokens.
         return logits[..., : self._vocab_size]
@@ -138,16 +145,22 @@ class GraftForCausalLM(nn.Module):
     @naming_rank()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load; see `Loading.take`."""
+        self.packing.before_load(whole=on_meta(self.model))
         written = self._loading.take(weights)
         return None if written is None else {f"model.{name}" for name in written}
 
     @naming_rank()
     def _weights_ready(self) -> None:
         """Hear from vLLM that the initial load or a whole live update is complete."""
-        if self._loading.finish():
-            self._check_ranks()
-            with evaluating(self._user_modules()):
-                self._dry_run().run()
+        if not self._loading.finish():
+            self.packing.ready()
+            return
+        self._check_ranks()
+        dry_run = self._dry_run()
+        with evaluating(self._user_modules()):
+            with products.watching() as calls:
+                dry_run.run()
+            self.packing.start(calls, dry_run.hidden)
 
     def _check_ranks(self) -> None:
         context = ParallelContext.from_config(self._parallel_config)
@@ -199,6 +212,8 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     if _vllm.serves_exactly(vllm_config):
         make_exact(model)
         _vllm.emulate_eager_rounding(vllm_config)
+    else:
+        take_products(model)
     built: nn.Module = model
     return built
 

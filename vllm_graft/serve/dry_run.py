@@ -38,10 +38,7 @@ class DryRun:
         Raises:
             RuntimeError: what is wrong, and the usual causes.
         """
-        device = next(self.model.parameters()).device
-        positions = torch.tensor(_POSITIONS, device=device) % self.max_model_len
-        tokens = torch.arange(len(positions), device=device) * 7 % self.vocab_size
-        received = self.stage.sample(len(positions), device)
+        tokens, positions, received = self._sample()
         with rehearsal(self.paged):
             self.body.batched, hidden = find_layout(
                 self.model, tokens, positions, received, lambda: new_forward(self.paged)
@@ -58,6 +55,18 @@ class DryRun:
             self._check_logits(hidden)
         else:
             self.stage.check_sent(self.arch, hidden)
+
+    @torch.inference_mode()
+    def hidden(self) -> torch.Tensor:
+        """Hidden states `[T, D]` of the tokens that `run` took, after it."""
+        with rehearsal(self.paged):
+            return self._again(*self._sample())
+
+    def _sample(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        device = next(self.model.parameters()).device
+        positions = torch.tensor(_POSITIONS, device=device) % self.max_model_len
+        tokens = torch.arange(len(positions), device=device) * 7 % self.vocab_size
+        return tokens, positions, self.stage.sample(len(positions), device)
 
     def _again(
         self, tokens: torch.Tensor, positions: torch.Tensor, received: torch.Tensor | None

@@ -82,12 +82,14 @@ class Receiver:
     def finish(self, push: str, digests: dict[str, int]) -> dict[str, Any]:
         """Serve the new weights if they are those that were sent."""
         self._check(push)
-        failure = _failure_of(self._hooks.finish)
-        # Reading the weights back takes all ranks: none may be missing then.
-        if any_rank(failure is not None):
-            raise failure or WeightError("another rank could not finish the update")
-        held = digests_of(Contents(self._adapter().model).tensors())
-        compare(digests, held)
+        adapter = self._adapter()
+        with adapter.packing.keeping():
+            failure = _failure_of(self._hooks.finish)
+            # Reading the weights back takes all ranks: none may be missing then.
+            if any_rank(failure is not None):
+                raise failure or WeightError("another rank could not finish the update")
+            held = digests_of(Contents(adapter.model).tensors())
+            compare(digests, held)
         self._push = None
         return {"digests": held}
 

@@ -28,6 +28,7 @@ class LiveModule:
         self._scorer = Scorer(self._adapter, model_config)
         self._watch = WeightWatch(self.model)
         self._unchecked = False
+        self._adapter.packing.watches = False
 
     def weights_changed(self) -> None:
         """Treat the weights as changed at the next step."""
@@ -54,5 +55,6 @@ class LiveModule:
         if not _vllm_engine.any_rank(self._unchecked):
             return
         self._watch.check_finite()
+        self._adapter.packing.changed()
         _vllm_engine.forget_cached(self._core)
         self._unchecked = False

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from vllm_graft.products import restore_weights
 from vllm_graft.stage import other_stages
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.mapping import Entry, NameMap, NameMapping, Place, label
@@ -41,6 +42,7 @@ def export_weights(
     names = NameMap(name_mapping)
     names.check_targets(slots(model), (f"{place}." for place in other_stages(model)))
     plans = _plans(model, names)
+    restore_weights(model)
     return (exported for plan in plans for exported in plan.tensors())
 
 

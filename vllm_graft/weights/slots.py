@@ -36,3 +36,8 @@ def tied_names(model: nn.Module) -> dict[Slot, str]:
     return {
         slot: first.setdefault(id(tensor_in(slot)), name) for name, slot in slots(model).items()
     }
+
+
+def on_meta(model: nn.Module) -> bool:
+    """Whether vLLM's reload has put the tensors of `model` on meta."""
+    return any(parameter.is_meta for parameter in model.parameters())

@@ -1,0 +1,231 @@
+"""Linear layers that serve by packed copies of their weights: the same bits, sooner.
+
+A fast kernel wants a weight in a layout of its own. Layers that read the same input
+share one packed copy and one product. The parameters stay as they are, one for each
+layer; what is packed from them is made anew when they changed. A process that only
+serves can give their memory back.
+
+Torch only: who packs is an argument. Legend: `[..., K]` inputs, `[..., M]` outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+ATTRIBUTE = "graft_packed"
+_UNPACKED_AT_ONCE = 256
+
+
+class Kernel(Protocol):
+    """A packed weight `[M, K]`, owned by who multiplies by it."""
+
+    handle: torch.Tensor
+    """What `multiply` takes; of one shape for every weight."""
+
+
+class Packer(Protocol):
+    """Packs weights and multiplies by them (`serve._vllm_cpu` has one)."""
+
+    def takes(self, weight: torch.Tensor) -> bool:
+        """Whether products by `weight` have the bits of `exact.linear`."""
+
+    def pack(self, weight: torch.Tensor) -> Kernel:
+        """A packed copy of `[M, K]`."""
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
+    ) -> torch.Tensor:
+        """`[..., K]` to `[..., M]`, M being `rows`; no gradient."""
+
+
+class _State:
+    # Plain attributes: torch.compile traces reads of them.
+    serving = False
+    calls: list[Call] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """A product that ran: the layer, its input and whether its bias was added."""
+
+    module: Any
+    x: torch.Tensor
+    with_bias: bool
+
+
+@contextmanager
+def serving() -> Iterator[None]:
+    """Multiply by packed copies in the block, where no gradient is wanted."""
+    before, _State.serving = _State.serving, True
+    try:
+        yield
+    finally:
+        _State.serving = before
+
+
+@contextmanager
+def watching() -> Iterator[list[Call]]:
+    """The products that run in the block, in order."""
+    calls: list[Call] = []
+    _State.calls = calls
+    try:
+        yield calls
+    finally:
+        _State.calls = None
+
+
+def packed_product(
+    module: nn.Module, x: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor | None:
+    """`x @ module.weight.T + bias`, where a packed copy may serve; else None."""
+    if _State.calls is not None:
+        _State.calls.append(Call(module, x, bias is not None))
+    place: tuple[Packed, int] | None = getattr(module, ATTRIBUTE, None)
+    if place is None:
+        return None
+    packed, index = place
+    if _State.serving and not torch.is_grad_enabled():
+        return packed.product(index, x)
+    packed.restore()
+    return None
+
+
+class Packed:
+    """One packed copy of the weights of layers that read the same input."""
+
+    def __init__(self, members: Sequence[Call], packer: Packer) -> None:
+        self._members: tuple[Any, ...] = tuple(call.module for call in members)
+        self._with_bias = members[0].with_bias
+        self._packer = packer
+        # Held, since vLLM's reload puts stand-ins into the modules for a while.
+        self._weights: list[nn.Parameter] = [member.weight for member in self._members]
+        self._rows = [weight.shape[0] for weight in self._weights]
+        self._ends = list(accumulate(self._rows))
+        self._kernel: Kernel | None = None
+        # Compiled code holds this very tensor.
+        self._handle = torch.zeros(1, dtype=torch.int64)
+        self._bias: torch.Tensor | None = None
+        self._seen: list[tuple[int, int, int]] = []
+        self._input: torch.Tensor | None = None
+        self._output: torch.Tensor | None = None
+        self.released = False
+        for index, member in enumerate(self._members):
+            setattr(member, ATTRIBUTE, (self, index))
+
+    def __reduce__(self) -> Any:
+        # A copy of the model has no packed copies.
+        return _nothing, ()
+
+    def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """`[..., M]` of member `index`; one product for all, made for the first of them."""
+        if self._input is not x:
+            self._output = self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
+            self._input = x
+        out: Any = self._output
+        if index == len(self._rows) - 1:
+            self._input = self._output = None
+        end = self._ends[index]
+        part: torch.Tensor = out[..., end - self._rows[index] : end]
+        return part
+
+    def refresh(self) -> None:
+        """Pack anew if a weight or bias was exchanged, moved or written by an operation."""
+        self._input = self._output = None
+        if not self.released and self._look() != self._seen:
+            self.pack()
+
+    def shares(self, weights: set[int]) -> bool:
+        """Whether one of `weights`, by id, is packed here."""
+        return any(id(weight) in weights for weight in self._weights)
+
+    def pack(self) -> None:
+        """Pack the weights as they are now."""
+        self._weights = [member.weight for member in self._members]
+        with torch.inference_mode(False), torch.no_grad():
+            weights = [weight.detach() for weight in self._weights]
+            self._kernel = self._packer.pack(_joined(weights))
+            self._handle.copy_(self._kernel.handle)
+            if self._with_bias:
+                self._bias = _joined([member.bias.detach() for member in self._members])
+        self._seen = self._look()
+
+    def release(self) -> None:
+        """Give back the memory of the weights; reading them then gives NaN."""
+        for weight in self._weights:
+            weight.data = weight.new_full((1,), float("nan")).expand(weight.shape)
+        self.released = True
+
+    def restore(self, *, values: bool = True) -> None:
+        """Take back `release`; without `values` the memory only.
+
+        A product with the unit matrix gives every number as it was packed, but for the sign of
+        zeros.
+        """
+        if not self.released:
+            return
+        self.released = False
+        with torch.inference_mode(False), torch.no_grad():
+            for weight, end in zip(self._weights, self._ends, strict=True):
+                restored = weight.new_empty(weight.shape)
+                if values:
+                    self._unpack(restored, end)
+                weight.data = restored
+        self._seen = self._look() if values else []
+
+    def _unpack(self, weight: torch.Tensor, end: int) -> None:
+        rows, width = weight.shape
+        unit = torch.eye(width, dtype=weight.dtype)
+        for first in range(0, width, _UNPACKED_AT_ONCE):
+            some = unit[first : first + _UNPACKED_AT_ONCE]
+            columns = self._packer.multiply(some, None, self._handle, self._ends[-1])
+            weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
+
+    def _look(self) -> list[tuple[int, int, int]]:
+        names = ("weight", "bias") if self._with_bias else ("weight",)
+        tensors = [member._parameters[name] for member in self._members for name in names]
+        return [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+
+    def unpack(self) -> None:
+        """Undo it all: the layers multiply by their weights again."""
+        self.restore()
+        for member in self._members:
+            delattr(member, ATTRIBUTE)
+
+
+def _nothing() -> None:
+    return None
+
+
+def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
+
+
+def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
+    """Packed copies for the layers that ran, for those in a row with the same input together."""
+    groups: list[list[Call]] = []
+    known: set[nn.Module] = set()
+    for call in calls:
+        if call.module in known or not packer.takes(call.module.weight):
+            continue
+        known.add(call.module)
+        before = groups[-1][-1] if groups else None
+        if before and call.x is before.x and call.with_bias == before.with_bias:
+            groups[-1].append(call)
+        else:
+            groups.append([call])
+    return [Packed(group, packer) for group in groups]
+
+
+def restore_weights(model: nn.Module) -> None:
+    """Give the parameters of `model` their values where a serving process had released them."""
+    for module in model.modules():
+        place: tuple[Packed, int] | None = getattr(module, ATTRIBUTE, None)
+        if place is not None:
+            place[0].restore()

@@ -1,0 +1,118 @@
+"""When the weights of a served model are packed, packed anew, and released."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft import products
+from vllm_graft.products import Call, Packed, Packer
+from vllm_graft.weights.slots import slots, tensor_in
+
+logger = logging.getLogger("vllm_graft")
+
+
+class Packing:
+    """The packed products of one served model.
+
+    Args:
+        model: the user's.
+        packer: packs, None where nothing is packed.
+        same: whether packed products must give the very bits of unpacked ones.
+    """
+
+    def __init__(self, model: nn.Module, packer: Packer | None, *, same: bool) -> None:
+        self._model = model
+        self._packer = packer
+        self._same = same
+        self._packed: list[Packed] = []
+        # A process of the engine's own does nothing but serve. Here, the module is the user's.
+        self._may_release = multiprocessing.parent_process() is not None
+        self.watches = True
+        """Whether to look for changed weights before each forward; off where another does."""
+
+    def start(self, calls: list[Call], forward: Callable[[], torch.Tensor]) -> None:
+        """Pack what ran, unless `forward` then gives something else.
+
+        Args:
+            calls: the products of a forward.
+            forward: hidden states of a few tokens.
+        """
+        if self._packer is None:
+            return
+        want = forward()
+        self._packed = products.pack_products(calls, self._packer)
+        self.ready()
+        with products.serving():
+            got = forward()
+        if self._agree(got, want):
+            return
+        logger.warning(
+            "%s: packed weights give other hidden states; it serves by its own products",
+            type(self._model).__name__,
+        )
+        for packed in self._packed:
+            packed.unpack()
+        self._packed = []
+
+    def _agree(self, got: torch.Tensor, want: torch.Tensor) -> bool:
+        if self._same:
+            return torch.equal(got, want)
+        # Another order of the sums: float32 differs by 1e-6, a wrong product by far more.
+        return bool((got - want).abs().max() <= 1e-3 * want.abs().max())
+
+    def ready(self) -> None:
+        """All weights are new: pack them, and release what nothing else holds."""
+        shared = _shared(self._model)
+        for packed in self._packed:
+            packed.pack()
+            if self._may_release and not packed.shares(shared):
+                packed.release()
+
+    def before_load(self, *, whole: bool) -> None:
+        """Give the parameters memory to write into, and their values unless all will come."""
+        for packed in self._packed:
+            packed.restore(values=not whole)
+
+    def refresh(self) -> None:
+        """Pack anew what changed since the last forward."""
+        if self.watches:
+            for packed in self._packed:
+                packed.refresh()
+
+    def changed(self) -> None:
+        """Pack everything anew, however it was written."""
+        for packed in self._packed:
+            packed.pack()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Release nothing before the end of the block: the weights are read there."""
+        before, self._may_release = self._may_release, False
+        try:
+            yield
+        finally:
+            self._may_release = before
+        if before:
+            self.ready()
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Tensors, by id, that have several places in `model`."""
+    places: Counter[int] = Counter(id(tensor_in(slot)) for slot in set(slots(model).values()))
+    return {tensor for tensor, count in places.items() if count > 1}
+
+
+def packer_for(vllm_config: Any, *, exact: bool) -> Any:
+    """The packer of this platform, or None."""
+    from vllm_graft.serve import _vllm, _vllm_cpu
+
+    wanted = _vllm.packs_weights(vllm_config)
+    return _vllm_cpu.CpuPacker(exact=exact) if wanted and _vllm.platform_device() == "cpu" else None

@@ -87,13 +87,28 @@ def packed_product(
     """`x @ module.weight.T + bias`, where a packed copy may serve; else None."""
     if _State.calls is not None:
         _State.calls.append(Call(module, x, bias is not None))
-    place: tuple[Packed, int] | None = getattr(module, ATTRIBUTE, None)
+    place: _Place | None = getattr(module, ATTRIBUTE, None)
     if place is None:
         return None
-    packed, index = place
     if _State.serving and not torch.is_grad_enabled():
-        return packed.product(index, x)
-    packed.restore()
+        return place.packed.product(place.index, x)
+    place.packed.restore()
+    return None
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a layer finds its product."""
+
+    packed: Packed
+    index: int
+
+    def __reduce__(self) -> Any:
+        # A copy of the model has no packed copies.
+        return _nothing, ()
+
+
+def _nothing() -> None:
     return None
 
 
@@ -117,11 +132,7 @@ class Packed:
         self._output: torch.Tensor | None = None
         self.released = False
         for index, member in enumerate(self._members):
-            setattr(member, ATTRIBUTE, (self, index))
-
-    def __reduce__(self) -> Any:
-        # A copy of the model has no packed copies.
-        return _nothing, ()
+            setattr(member, ATTRIBUTE, _Place(self, index))
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`[..., M]` of member `index`; one product for all, made for the first of them."""
@@ -199,10 +210,6 @@ class Packed:
             delattr(member, ATTRIBUTE)
 
 
-def _nothing() -> None:
-    return None
-
-
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
@@ -226,6 +233,6 @@ def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
 def restore_weights(model: nn.Module) -> None:
     """Give the parameters of `model` their values where a serving process had released them."""
     for module in model.modules():
-        place: tuple[Packed, int] | None = getattr(module, ATTRIBUTE, None)
+        place: _Place | None = getattr(module, ATTRIBUTE, None)
         if place is not None:
-            place[0].restore()
+            place.packed.restore()

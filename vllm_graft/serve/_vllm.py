@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import multiprocessing
 import os
 from collections.abc import Callable
 from types import ModuleType
@@ -234,30 +235,42 @@ def _layer_class() -> Any:
 EXACT_OPTION = "vllm_graft_exact"
 """Key in vLLM's `additional_config`, True by default."""
 PACKING_OPTION = "vllm_graft_packing"
-"""Another one."""
+"""Another one: `"release"` or `"keep"` the weights once they are packed, or `"off"`."""
 
 
 def serves_exactly(vllm_config: Any) -> bool:
-    """Whether serving keeps to the training forward's arithmetic where that costs speed."""
-    return _option(vllm_config, EXACT_OPTION)
-
-
-def packs_weights(vllm_config: Any) -> bool:
-    """Whether linear layers serve by packed copies of their weights."""
-    return _option(vllm_config, PACKING_OPTION)
-
-
-def _option(vllm_config: Any, name: str) -> bool:
-    """A key of `additional_config`, True where it is absent.
+    """Whether serving keeps to the training forward's arithmetic where that costs speed.
 
     Raises:
         ValueError: the option is no boolean (the string "false" is true).
     """
-    extra = vllm_config.additional_config
-    chosen = extra.get(name, True) if isinstance(extra, dict) else True
+    chosen = _option(vllm_config, EXACT_OPTION, True)
     if not isinstance(chosen, bool):
-        raise ValueError(f"additional_config: {name}={chosen!r}; use true or false")
+        raise ValueError(f"additional_config: {EXACT_OPTION}={chosen!r}; use true or false")
     return chosen
+
+
+def packing(vllm_config: Any) -> str:
+    """What becomes of weights that are packed: `"release"`, `"keep"`, or `"off"`.
+
+    By default the processes that the engine started release them, since they only serve;
+    where the engine runs in the user's own process the module is the user's.
+
+    Raises:
+        ValueError: the option is something else.
+    """
+    own = multiprocessing.parent_process() is None
+    chosen = _option(vllm_config, PACKING_OPTION, "keep" if own else "release")
+    if chosen not in ("release", "keep", "off"):
+        raise ValueError(
+            f'additional_config: {PACKING_OPTION}={chosen!r}; use "release", "keep" or "off"'
+        )
+    return str(chosen)
+
+
+def _option(vllm_config: Any, name: str, default: Any) -> Any:
+    extra = vllm_config.additional_config
+    return extra.get(name, default) if isinstance(extra, dict) else default
 
 
 def mla_kv_cache_spec(*, head_size: int, block_size: int, dtype: torch.dtype) -> Any:

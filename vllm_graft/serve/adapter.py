@@ -22,7 +22,7 @@ from vllm_graft.serve.body import make_body
 from vllm_graft.serve.dry_run import DryRun
 from vllm_graft.serve.kv import bind, new_forward
 from vllm_graft.serve.loading import Loading
-from vllm_graft.serve.packing import Packing, packer_for
+from vllm_graft.serve.packing import packing_for
 from vllm_graft.serve.ranks import check_ranks_differ, naming_rank
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.serve.stages import Stage, check_stages
@@ -71,9 +71,7 @@ class GraftForCausalLM(nn.Module):
         self._modules_below: list[nn.Module] = []
         self._modules_as_of = -1
         self._loading = Loading(self.arch, self.model)
-        exact = _vllm.serves_exactly(vllm_config)
-        packer = packer_for(vllm_config, exact=exact)
-        self.packing = Packing(self.model, packer, same=exact)
+        self.packing = packing_for(self.model, vllm_config)
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings `[T, D]`."""

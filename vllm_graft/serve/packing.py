@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import nn
 
 from vllm_graft import products
 from vllm_graft.products import Call, Packed, Packer
+from vllm_graft.serve import _vllm, _vllm_cpu
 from vllm_graft.weights.slots import slots, tensor_in
 
 logger = logging.getLogger("vllm_graft")
@@ -26,15 +26,17 @@ class Packing:
         model: the user's.
         packer: packs, None where nothing is packed.
         same: whether packed products must give the very bits of unpacked ones.
+        release: whether to give back the memory of weights that are packed.
     """
 
-    def __init__(self, model: nn.Module, packer: Packer | None, *, same: bool) -> None:
+    def __init__(
+        self, model: nn.Module, packer: Packer | None, *, same: bool, release: bool
+    ) -> None:
         self._model = model
         self._packer = packer
         self._same = same
         self._packed: list[Packed] = []
-        # A process of the engine's own does nothing but serve. Here, the module is the user's.
-        self._may_release = multiprocessing.parent_process() is not None
+        self._release = release
         self.watches = True
         """Whether to look for changed weights before each forward; off where another does."""
 
@@ -73,7 +75,7 @@ class Packing:
         shared = _shared(self._model)
         for packed in self._packed:
             packed.pack()
-            if self._may_release and not packed.shares(shared):
+            if self._release and not packed.shares(shared):
                 packed.release()
 
     def before_load(self, *, whole: bool) -> None:
@@ -95,11 +97,11 @@ class Packing:
     @contextmanager
     def keeping(self) -> Iterator[None]:
         """Release nothing before the end of the block: the weights are read there."""
-        before, self._may_release = self._may_release, False
+        before, self._release = self._release, False
         try:
             yield
         finally:
-            self._may_release = before
+            self._release = before
         if before:
             self.ready()
 
@@ -110,9 +112,9 @@ def _shared(model: nn.Module) -> set[int]:
     return {tensor for tensor, count in places.items() if count > 1}
 
 
-def packer_for(vllm_config: Any, *, exact: bool) -> Any:
-    """The packer of this platform, or None."""
-    from vllm_graft.serve import _vllm, _vllm_cpu
-
-    wanted = _vllm.packs_weights(vllm_config)
-    return _vllm_cpu.CpuPacker(exact=exact) if wanted and _vllm.platform_device() == "cpu" else None
+def packing_for(model: nn.Module, vllm_config: Any) -> Packing:
+    """The packing that this platform has and `vllm_config` asks for."""
+    exact, chosen = _vllm.serves_exactly(vllm_config), _vllm.packing(vllm_config)
+    packs = chosen != "off" and _vllm.platform_device() == "cpu"
+    packer = _vllm_cpu.CpuPacker(exact=exact) if packs else None
+    return Packing(model, packer, same=exact, release=chosen == "release")

@@ -1,0 +1,157 @@
+"""Packed products: grouped by input, packed anew when weights change, released and restored."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_graft import products
+from vllm_graft.exact import make_exact
+
+
+@dataclass
+class Copied:
+    weight: torch.Tensor
+    number: int
+
+    @property
+    def handle(self):
+        return torch.tensor([self.number])
+
+
+class CopyingPacker:
+    """Keeps clones, so that a product tells which weights it was packed from."""
+
+    def __init__(self):
+        self.kernels = {}
+        self.products = 0
+
+    def takes(self, weight):
+        return weight.dim() == 2
+
+    def pack(self, weight):
+        kernel = Copied(weight.clone(), len(self.kernels) + 1)
+        self.kernels[kernel.number] = kernel
+        return kernel
+
+    def multiply(self, x, bias, handle, rows):
+        self.products += 1
+        weight = self.kernels[int(handle)].weight
+        assert len(weight) == rows
+        return nn.functional.linear(x, weight, bias)
+
+
+class Block(nn.Module):
+    def __init__(self, bias: bool) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, n, bias=bias) for n in (8, 4, 4))
+        self.o = nn.Linear(8, 8, bias=bias)
+
+    def forward(self, x):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        return self.o(q + torch.cat([k, v], -1))
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "bias"])
+def packed_block(request):
+    torch.manual_seed(0)
+    block, packer, x = Block(request.param), CopyingPacker(), torch.randn(3, 8)
+    make_exact(block)
+    with torch.no_grad(), products.watching() as calls:
+        block(x)
+    groups = products.pack_products(calls, packer)
+    for group in groups:
+        group.pack()
+    return block, packer, groups, x
+
+
+def serve(block, x):
+    with torch.no_grad(), products.serving():
+        return block(x)
+
+
+def test_layers_of_one_input_share_a_product(packed_block):
+    block, packer, groups, x = packed_block
+    want = block(x)
+    assert [len(group._members) for group in groups] == [3, 1]
+    assert torch.equal(serve(block, x), want)
+    assert packer.products == 2
+    assert groups[0]._input is None
+
+
+def test_training_multiplies_by_the_parameters(packed_block):
+    block, packer, _, x = packed_block
+    block(x).sum().backward()
+    with products.serving():
+        block(x).sum().backward()
+    with torch.no_grad():
+        block(x)
+    assert packer.products == 0
+    assert block.q.weight.grad is not None
+
+
+def test_an_in_place_change_is_packed_anew(packed_block):
+    block, _, groups, x = packed_block
+    old = serve(block, x)
+    with torch.no_grad():
+        block.k.weight.mul_(2)
+    assert torch.equal(serve(block, x), old)
+    for group in groups:
+        group.refresh()
+    assert torch.equal(serve(block, x), block(x))
+    assert not torch.equal(serve(block, x), old)
+
+
+def test_an_exchanged_parameter_is_packed_anew(packed_block):
+    block, _, groups, x = packed_block
+    block.v.weight = nn.Parameter(torch.ones(4, 8))
+    for group in groups:
+        group.refresh()
+    assert torch.equal(serve(block, x), block(x))
+
+
+def test_released_weights_come_back_as_they_were(packed_block):
+    block, _, groups, x = packed_block
+    before, want = copy.deepcopy(block.state_dict()), serve(block, x)
+    for group in groups:
+        group.release()
+        group.refresh()
+    assert block.q.weight.untyped_storage().nbytes() == 4
+    assert block.q.weight.shape == (8, 8) and block.q.weight.isnan().all()
+    assert torch.equal(serve(block, x), want)
+    with pytest.raises(RuntimeError):
+        block.q.weight.detach().copy_(torch.ones(8, 8))
+    products.restore_weights(block)
+    assert all(torch.equal(value, before[name]) for name, value in block.state_dict().items())
+
+
+def test_a_training_forward_brings_released_weights_back(packed_block):
+    block, _, groups, x = packed_block
+    want = block(x)
+    for group in groups:
+        group.release()
+    assert torch.equal(block(x), want)
+
+
+def test_copies_of_the_model_multiply_by_their_own_weights(packed_block):
+    block, packer, _, x = packed_block
+    for twin in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):  # noqa: S301 - ours
+        with torch.no_grad():
+            twin.q.weight.zero_()
+        assert not torch.equal(serve(twin, x), serve(block, x))
+        assert torch.equal(serve(twin, x), twin(x))
+
+
+def test_unpacking_undoes_it_all(packed_block):
+    block, packer, groups, x = packed_block
+    for group in groups:
+        group.release()
+        group.unpack()
+    before = packer.products
+    assert torch.equal(serve(block, x), block(x))
+    assert packer.products == before

@@ -26,8 +26,9 @@ _UNPACKED_AT_ONCE = 256
 class Kernel(Protocol):
     """A packed weight `[M, K]`, owned by who multiplies by it."""
 
-    handle: torch.Tensor
-    """What `multiply` takes; of one shape for every weight."""
+    @property
+    def handle(self) -> torch.Tensor:
+        """What `multiply` takes, `[1]` int64."""
 
 
 class Packer(Protocol):

@@ -143,9 +143,11 @@ class Packed:
         out: Any = self._output
         if index == len(self._rows) - 1:
             self._input = self._output = None
+        if len(self._rows) == 1:
+            # No view: Megatron rewraps those by a write to `.data`, which does not compile.
+            return out
         end = self._ends[index]
-        part: torch.Tensor = out[..., end - self._rows[index] : end]
-        return part
+        return out[..., end - self._rows[index] : end]
 
     def refresh(self) -> None:
         """Pack anew if a weight or bias was exchanged, moved or written by an operation."""

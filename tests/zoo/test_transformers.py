@@ -1,0 +1,113 @@
+"""Transformers models as they are: served, trained, and equal to their own forward."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import vllm_graft
+from tests.support import (
+    engine,
+    generate,
+    live_module,
+    prompts,
+    relative_error,
+    sampled_logprobs,
+    spread_weights,
+    training_logprobs,
+)
+from vllm_graft.families.transformers import TransformersForCausalLM
+
+ARCH = "AnyTransformers"
+SIZES = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+GPT2 = {"vocab_size": 512, "n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512,
+        "bos_token_id": 1, "eos_token_id": 2}  # fmt: skip
+ZOO = {
+    "llama": SIZES,
+    "gpt2": GPT2,
+    "granite": SIZES | {"logits_scaling": 3.0, "attention_multiplier": 0.3},
+    "qwen2": SIZES,
+    "qwen3": SIZES | {"head_dim": 32},
+    "mistral": SIZES | {"sliding_window": 24},
+    "phi3": SIZES,
+    "olmo2": SIZES,
+    "cohere": SIZES | {"logit_scale": 0.25},
+    "gpt_neox": {k: v for k, v in SIZES.items() if k != "num_key_value_heads"},
+}
+FAST = ("llama", "gpt2", "granite")
+
+
+def original(kind: str):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **ZOO[kind])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    return spread_weights(model).eval()
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize(
+    "kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in ZOO]
+)
+def test_served_and_trained_as_the_original(kind, tmp_path):
+    model = original(kind)
+    model.save_pretrained(tmp_path)
+    vllm_graft.register(ARCH, "vllm_graft.families.transformers:build")
+    tokens = prompts((5, 40, 130))
+    with engine(tmp_path, ARCH, dtype="float32") as llm:
+        completions = generate(llm, tokens, max_tokens=8)
+        module = live_module(llm)
+        samples = [p + list(c.token_ids) for p, c in zip(tokens, completions, strict=True)]
+        for prompt, sample, completion in zip(tokens, samples, completions, strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([sample])).logits[0, len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == list(completion.token_ids)
+            want = logits.log_softmax(-1).max(-1).values
+            assert torch.tensor(sampled_logprobs(completion)).sub(want).abs().max() < 1e-4
+        trained = training_logprobs(module, tokens, [list(c.token_ids) for c in completions])
+        served = [sampled_logprobs(c) for c in completions]
+        assert max(
+            abs(got - want)
+            for row, sample in zip(served, trained, strict=True)
+            for got, want in zip(row, sample.tolist(), strict=True)
+        ) < 1e-4  # fmt: skip
+        _check_gradients(model, module, samples)
+
+
+def _check_gradients(model, module, samples):
+    """Gradients of the sum of both models' log-probabilities of their own tokens."""
+    borders = torch.tensor([0, *(len(s) for s in samples)]).cumsum(0)
+    flat = torch.tensor([t for s in samples for t in s])
+    with vllm_graft.packed(borders):
+        logits = module.compute_logits(module(flat))
+    logits.log_softmax(-1).gather(1, flat[:, None]).mean().backward()
+    rows = torch.cat([model(torch.tensor([s])).logits[0] for s in samples])
+    rows.log_softmax(-1).gather(1, flat[:, None]).mean().backward()
+    own = dict(module.model.named_parameters())
+    assert own.keys() == dict(model.named_parameters()).keys()
+    for name, parameter in model.named_parameters():
+        if parameter.grad.abs().max() < 1e-7:  # a key bias has no effect but rounding
+            continue
+        assert relative_error(own[name].grad, parameter.grad) < 1e-5, name
+
+
+def test_names_stay():
+    model = original("llama")
+    before = list(copy.deepcopy(model).state_dict())
+    assert list(TransformersForCausalLM(model).model.state_dict()) == before
+
+
+@pytest.mark.parametrize(("kind", "what"), [("gemma2", "softcap"), ("gpt_oss", "sinks")])
+def test_what_attention_cannot_do_is_refused_with_the_site(kind, what):
+    ZOO_LIKE = SIZES | {"head_dim": 32}
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(kind, **ZOO_LIKE)
+    with pytest.raises(ValueError, match=rf"layers\.0\.self_attn: .*{what}"):
+        TransformersForCausalLM(AutoModelForCausalLM.from_config(config).eval())

@@ -237,10 +237,10 @@ def _positions(rows: torch.Tensor) -> torch.Tensor:
 @contextmanager
 def _gives(base: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     """Let `base` return `hidden` as its last hidden states in the block, computing nothing."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
+    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
 
     before = base.__dict__.get("forward")
-    base.forward = lambda *_, **__: BaseModelOutputWithPast(last_hidden_state=hidden)
+    base.forward = lambda *_, **__: Output(last_hidden_state=hidden)
     try:
         yield
     finally:

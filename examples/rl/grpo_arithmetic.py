@@ -4,11 +4,13 @@ A short supervised warm-up brings sampled answers to a quarter right. Then, step
 engine samples answers, right ones are rewarded, and one policy-gradient step follows on the
 same module. Engine and trainer give the same log-probabilities, so nothing corrects for a
 difference between them; the script measures it at every step and stops if it is not 0.
+With `--two-processes` the engine runs in another process and `push_weights` brings it the weights.
 
 As a script::
 
     python -m examples.rl.grpo_arithmetic            # sums of two digits, minutes on two cores
     python -m examples.rl.grpo_arithmetic --quick    # sums of one digit
+    python -m examples.rl.grpo_arithmetic --quick --two-processes
 
 Exits with 1 if the reward did not rise as far as it should.
 """
@@ -68,7 +70,7 @@ class Trainer:
     """One policy, served by an engine and trained in place.
 
     Args:
-        llm: a `TrainableLLM`.
+        llm: a `TrainableLLM`, or a `TwoProcesses`.
         settings: sizes and rates.
         seed: of the problems.
     """
@@ -146,16 +148,20 @@ class Trainer:
         self._optimizer.zero_grad()
 
 
-def train(folder: Path, settings: Settings, seed: int, console: Console) -> list[Step]:
+def train(
+    folder: Path, settings: Settings, seed: int, console: Console, two_processes: bool = False
+) -> list[Step]:
     """Warm up and train; checkpoint, metrics and plot go to `folder`.
 
     Raises:
         RuntimeError: engine and trainer differ, or the warm-up failed.
     """
     from examples.rl.policy import live_policy, write_checkpoint
+    from examples.rl.two_processes import two_process_policy
 
     checkpoint = write_checkpoint(folder / "checkpoint", seed)
-    with live_policy(checkpoint, seed) as llm:
+    policy = two_process_policy if two_processes else live_policy
+    with policy(checkpoint, seed) as llm:
         trainer = Trainer(llm, settings, seed)
         console.print(f"warm-up ended at mean reward {trainer.warm_up(console):.2f}")
         with Report(folder, settings.steps, console) as report:
@@ -188,6 +194,9 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, help="policy-gradient steps (default 200, quick 50)")
     parser.add_argument("--quick", action="store_true", help="one-digit sums, half a minute")
+    parser.add_argument(
+        "--two-processes", action="store_true", help="sample in another process, push weights"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/rl"), help="folder for results")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
@@ -209,7 +218,7 @@ def main() -> None:
     settings = QUICK if arguments.quick else FULL
     settings = replace(settings, steps=arguments.steps or settings.steps)
     console, started = Console(highlight=False), time.monotonic()
-    steps = train(arguments.output, settings, arguments.seed, console)
+    steps = train(arguments.output, settings, arguments.seed, console, arguments.two_processes)
     first, last = rise(steps)
     tokens = sum(step.tokens for step in steps)
     console.print(

@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -16,6 +17,15 @@ from vllm_graft import TrainableLLM
 
 MAX_SEQUENCES = 512
 """Completions that the engine samples at the same time."""
+
+ENGINE: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "max_model_len": 64,
+    "max_num_seqs": MAX_SEQUENCES,
+    "enforce_eager": True,
+    "use_tqdm_on_load": False,
+}
+"""Options of the engine, in this process or in another."""
 
 
 def write_checkpoint(folder: Path, seed: int) -> Path:
@@ -43,16 +53,7 @@ def write_checkpoint(folder: Path, seed: int) -> Path:
 @contextmanager
 def live_policy(checkpoint: Path, seed: int) -> Iterator[TrainableLLM]:
     """The checkpoint served in bf16; `model` is trained in place."""
-    llm = TrainableLLM(
-        str(checkpoint),
-        factory=build_qwen3_torchtitan,
-        dtype="bfloat16",
-        max_model_len=64,
-        max_num_seqs=MAX_SEQUENCES,
-        enforce_eager=True,
-        seed=seed,
-        use_tqdm_on_load=False,
-    )
+    llm = TrainableLLM(str(checkpoint), factory=build_qwen3_torchtitan, seed=seed, **ENGINE)
     try:
         yield llm
     finally:

@@ -112,7 +112,7 @@ def plot(steps: Sequence[Step], path: Path) -> None:
     reward, kl = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     x = [s.step for s in steps]
     reward.plot(x, [s.reward for s in steps], color="tab:blue")
-    reward.set(ylabel="mean reward", ylim=(0, 1), title="GRPO on sums, one copy of the policy")
+    reward.set(ylabel="mean reward", ylim=(0, 1), title="GRPO on sums")
     kl.plot(x, [s.kl for s in steps], color="tab:red")
     kl.set(ylabel="KL engine/trainer\n(nats per token)", xlabel="step")
     for axes in (reward, kl):

@@ -23,8 +23,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 @pytest.mark.engine
-def test_the_reward_rises_and_engine_and_trainer_agree(tmp_path: Path) -> None:
-    done = run("--quick", "--output", str(tmp_path))
+@pytest.mark.parametrize("processes", [(), ("--two-processes",)], ids=["one", "two"])
+def test_the_reward_rises_and_engine_and_trainer_agree(
+    tmp_path: Path, processes: tuple[str, ...]
+) -> None:
+    done = run("--quick", *processes, "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [s["step"] for s in steps] == list(range(1, 51))

@@ -140,7 +140,8 @@ class Packed:
         if self._input is not x:
             self._output = self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
             self._input = x
-        out: Any = self._output
+        assert self._output is not None
+        out = self._output
         if index == len(self._rows) - 1:
             self._input = self._output = None
         if len(self._rows) == 1:

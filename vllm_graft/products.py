@@ -137,11 +137,10 @@ class Packed:
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`[..., M]` of member `index`; one product for all, made for the first of them."""
-        if self._input is not x:
-            self._output = self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
-            self._input = x
-        assert self._output is not None
         out = self._output
+        if out is None or self._input is not x:
+            out = self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
+            self._input, self._output = x, out
         if index == len(self._rows) - 1:
             self._input = self._output = None
         if len(self._rows) == 1:

@@ -57,7 +57,7 @@ def original(kind: str):
 def test_served_and_trained_as_the_original(kind, tmp_path):
     model = original(kind)
     model.save_pretrained(tmp_path)
-    vllm_graft.register(ARCH, "vllm_graft.families.transformers:build")
+    vllm_graft.register(ARCH, "transformers:AutoModelForCausalLM.from_config")
     tokens = prompts((5, 40, 130))
     with engine(tmp_path, ARCH, dtype="float32") as llm:
         completions = generate(llm, tokens, max_tokens=8)
@@ -99,7 +99,26 @@ def _check_gradients(model, module, samples):
 def test_names_stay():
     model = original("llama")
     before = list(copy.deepcopy(model).state_dict())
-    assert list(TransformersForCausalLM(model).model.state_dict()) == before
+    assert list(vllm_graft.adapt(model).model.state_dict()) == before
+
+
+def test_adapt_calls_a_factory_and_returns_what_is_adapted():
+    model = vllm_graft.adapt(original, "llama")
+    assert [site.name for site in model.sites] == [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    assert vllm_graft.adapt(model) is model
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (3, "takes a module or a factory, got int"),
+        (dict, "the factory returned dict, not an nn.Module"),
+        (torch.nn.Linear(2, 2), "Linear is neither a Transformers model"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused(wrong, message):
+    with pytest.raises(TypeError, match=message):
+        vllm_graft.adapt(wrong)
 
 
 @pytest.mark.parametrize(("kind", "what"), [("gemma2", "softcap"), ("gpt_oss", "sinks")])

@@ -105,24 +105,6 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         return {f"model.{name}" for name in report.loaded.values()}
 
 
-def build(vllm_config: Any, parallel_context: Any) -> nn.Module:
-    """Factory for any checkpoint that `AutoModelForCausalLM` can build.
-
-    Raises:
-        ValueError: more than one rank.
-    """
-    from transformers import AutoModelForCausalLM
-
-    ranks = parallel_context.get_tensor_parallel_world_size()
-    if ranks > 1:
-        raise ValueError(
-            f"tensor_parallel_size={ranks}: a Transformers model is not sharded; use 1"
-        )
-    dtype = vllm_config.model_config.dtype
-    model = AutoModelForCausalLM.from_config(vllm_config.model_config.hf_config, dtype=dtype)
-    return TransformersForCausalLM(model.eval())
-
-
 def find_sites(model: Any) -> list[AttentionSite]:
     """Run `model` once on a few tokens and record each call of the attention interface.
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vllm_graft import products
+from vllm_graft.adapt import adapt, call_factory, is_transformers
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
 from vllm_graft.parallel import ParallelContext
@@ -197,11 +198,9 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     factory: Any = factory_of(arch)
     context = ParallelContext.from_config(vllm_config.parallel_config)
     with parameters_as(vllm_config.model_config.dtype):
-        model: Any = (
-            factory(vllm_config=vllm_config, parallel_context=context)
-            if isinstance(factory, type)
-            else factory(vllm_config, context)
-        )
+        model: Any = call_factory(factory, vllm_config, context)
+    if isinstance(model, nn.Module) and is_transformers(model):
+        model = _adapted(arch, model, context)
     _check_model(arch, model)
     _check_stages_supported(arch, model, context)
     shard_attention(model, context.get_tensor_parallel_world_size())
@@ -214,6 +213,15 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
         take_products(model)
     built: nn.Module = model
     return built
+
+
+def _adapted(arch: str, model: nn.Module, context: ParallelContext) -> nn.Module:
+    ranks = context.get_tensor_parallel_world_size()
+    if ranks > 1:
+        raise ValueError(
+            f"{arch}: tensor_parallel_size={ranks}: a Transformers model is not sharded; use 1"
+        )
+    return adapt(model.eval())
 
 
 def _check_model(arch: str, model: Any) -> None:

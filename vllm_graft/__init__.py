@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "VLLMModelForCausalLM": "vllm_graft.model",
-    "adapt": "vllm_graft.adapt",
+    "adapt": "vllm_graft.adapting",
     "CoreAttention": "vllm_graft.attention.core",
     "TrainableFlashAttention": "vllm_graft.attention.flash",
     "MLAConfig": "vllm_graft.attention.mla",
@@ -58,7 +58,7 @@ def __dir__() -> list[str]:
 
 
 if TYPE_CHECKING:
-    from vllm_graft.adapt import adapt as adapt
+    from vllm_graft.adapting import adapt as adapt
     from vllm_graft.attention.core import CoreAttention as CoreAttention
     from vllm_graft.attention.flash import TrainableFlashAttention as TrainableFlashAttention
     from vllm_graft.attention.mla import MLAConfig as MLAConfig

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vllm_graft import products
-from vllm_graft.adapt import adapt, call_factory, is_transformers
+from vllm_graft.adapting import adapt, call_factory, is_transformers
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
 from vllm_graft.parallel import ParallelContext

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -52,7 +51,7 @@ def is_transformers(model: nn.Module) -> bool:
     return hasattr(model, "set_attn_implementation") and hasattr(model, "base_model")
 
 
-def call_factory(factory: Callable[..., Any], vllm_config: Any, parallel_context: Any) -> Any:
+def call_factory(factory: Any, vllm_config: Any, parallel_context: Any) -> Any:
     """Call a factory with what its signature asks for.
 
     A class with a parameter `vllm_config` gets both arguments by name. A callable with one

@@ -166,6 +166,9 @@ def reference_attention(
     lengths: Sequence[int],
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    alibi: Sequence[float] | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Causal attention written out, sample by sample, in the precision of its inputs."""
     repeats = q.shape[1] // k.shape[1]
@@ -175,8 +178,15 @@ def reference_attention(
         qs, ks, vs = q[rows], *(x[rows].repeat_interleave(repeats, 1) for x in (k, v))
         scores = torch.einsum("inh,jnh->nij", qs, ks) * scale
         distance = torch.arange(length)[:, None] - torch.arange(length)
+        if softcap is not None:
+            scores = softcap * (scores / softcap).tanh()
+        if alibi is not None:
+            scores = scores - scores.new_tensor(alibi)[:, None, None] * distance
         hidden = distance < 0 if window is None else (distance < 0) | (distance >= window)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        scores = scores.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            scores = torch.cat([scores, sinks[:, None, None].expand(-1, length, 1)], -1)
+        weights = scores.softmax(-1)[..., :length]
         outputs.append(torch.einsum("nij,jnh->inh", weights, vs))
         start += length
     return torch.cat(outputs)

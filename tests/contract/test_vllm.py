@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.support import python, relative_error
+from vllm_graft.attention.kernels import AttentionSpec
 from vllm_graft.serve import _vllm, _vllm_cpu
 
 
@@ -128,9 +129,9 @@ def test_the_cpu_kernels_result_does_not_depend_on_the_block_size(dtype, block_s
     torch.manual_seed(0)
     q, k, v = (torch.randn(300, heads, 64).to(dtype) for heads in (4, 2, 2))
     borders = torch.tensor([0, 7, 300], dtype=torch.int32)
-    want = _vllm_cpu.paged_attention(q, k, v, borders, 0.125, causal=True, sliding_window=None)
+    want = _vllm_cpu.paged_attention(q, k, v, borders, AttentionSpec(scale=0.125))
     monkeypatch.setattr(_vllm_cpu, "_BLOCK_SIZE", block_size)
-    got = _vllm_cpu.paged_attention(q, k, v, borders, 0.125, causal=True, sliding_window=None)
+    got = _vllm_cpu.paged_attention(q, k, v, borders, AttentionSpec(scale=0.125))
     assert torch.equal(got, want)
 
 

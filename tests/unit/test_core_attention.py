@@ -51,6 +51,63 @@ def test_forward_and_gradients_match_float64(dtype, window, heads, kv_heads):
         assert relative_error(got, wanted) < TOLERANCE[dtype]
 
 
+EXTRAS = {
+    "softcap": {"softcap": 2.0},
+    "alibi": {"alibi_slopes": (0.5, 0.25, 0.1, 0.02)},
+    "sinks": {"has_sinks": True},
+    "all": {"softcap": 2.0, "alibi_slopes": (0.5, 0.25, 0.1, 0.02), "has_sinks": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("extra", EXTRAS)
+@pytest.mark.parametrize("head_dim", [64, 40])  # 40: without the engine's kernel
+def test_softcap_alibi_and_sinks_match_float64(dtype, window, extra, head_dim):
+    options = EXTRAS[extra]
+    module = CoreAttention(4, 2, head_dim, scale=0.21, sliding_window=window, **options)
+    inputs = list(qkv(4, 2, dtype, head_dim))
+    sinks = torch.tensor([1.0, -1.0, 3.0, 0.5], dtype=dtype, requires_grad=True)
+    named = {"sinks": sinks} if module.has_sinks else {}
+    out = module(*inputs, cu_seqlens=borders(), **named)
+    weight = torch.randn(out.shape, generator=torch.Generator().manual_seed(3))
+    leaves = [*inputs, *named.values()]
+    grads = torch.autograd.grad((out.float() * weight).sum(), leaves)
+
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    want = reference_attention(
+        *exact[:3], LENGTHS, 0.21, window, options.get("softcap"), options.get("alibi_slopes"),
+        exact[3] if named else None,
+    )  # fmt: skip
+    want_grads = torch.autograd.grad((want * weight.double()).sum(), exact)
+
+    assert relative_error(out, want) < TOLERANCE[dtype]
+    for got, wanted in zip(grads, want_grads, strict=True):
+        assert relative_error(got, wanted) < TOLERANCE[dtype]
+
+
+def test_narrow_values_are_padded_and_cut():
+    q, k, v = qkv(4, 2, torch.float32)
+    module = CoreAttention(4, 2, 64)
+    narrow = module(q, k, v[..., :24], cu_seqlens=borders())
+    assert torch.equal(narrow, module(q, k, v, cu_seqlens=borders())[..., :24])
+
+
+@pytest.mark.parametrize("sinks", [None, torch.zeros(2)])
+def test_sinks_are_asked_for_by_count(sinks):
+    with pytest.raises(ValueError, match=r"sinks .*, expected \(4,\)"):
+        CoreAttention(4, 2, 64, has_sinks=True)(*qkv(4, 2, torch.float32), sinks=sinks)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [({"softcap": 0.0}, "softcap=0.0"), ({"alibi_slopes": (1.0,)}, "1 alibi_slopes")],
+)
+def test_values_out_of_range_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        CoreAttention(4, 2, 64, **wrong)
+
+
 def test_sdpa_path_matches_float64_where_the_kernel_has_no_head_size():
     inputs = qkv(4, 2, torch.float32, head_dim=40)
     out = CoreAttention(4, 2, 40)(*inputs, cu_seqlens=borders())

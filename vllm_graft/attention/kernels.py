@@ -29,6 +29,15 @@ class AttentionSpec:
     causal: bool = True
     sliding_window: int | None = None
     """Keys a query sees, itself included; None for all before it."""
+    softcap: float | None = None
+    """Scores become `softcap * tanh(score / softcap)` before the mask; None for no cap."""
+    alibi_slopes: tuple[float, ...] | None = None
+    """One per query head: `slope * (key position - query position)` is added to the scores."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether the scores go into the softmax as they are."""
+        return self.softcap is None and self.alibi_slopes is None
 
 
 def sample_borders(
@@ -67,6 +76,7 @@ def sdpa_packed(
     cu_seqlens: torch.Tensor,
     spec: AttentionSpec,
     dropout: float = 0.0,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Differentiable attention, one sample at a time. Returns `[T, N, H]`."""
     # Slices would each have a gradient as long as the whole batch.
@@ -74,19 +84,62 @@ def sdpa_packed(
     parts = (x.transpose(0, 1).split(lengths, 1) for x in (q_TNH, k_TKH, v_TKH))
     outputs = []
     for q, k, v in zip(*parts, strict=True):
-        mask = sample_mask(q.shape[1], spec, q.device)
-        out = F.scaled_dot_product_attention(
-            q[None],
-            k[None],
-            v[None],
-            attn_mask=mask,
-            is_causal=spec.causal and mask is None,
-            dropout_p=dropout,
-            scale=spec.scale,
-            enable_gqa=q.shape[0] != k.shape[0],
-        )
-        outputs.append(out[0].transpose(0, 1))
+        one = _sdpa if spec.plain and sinks_N is None else _written_out
+        outputs.append(one(q, k, v, spec, dropout, sinks_N).transpose(0, 1))
     return torch.cat(outputs)
+
+
+def _sdpa(
+    q_NLH: torch.Tensor,
+    k_KLH: torch.Tensor,
+    v_KLH: torch.Tensor,
+    spec: AttentionSpec,
+    dropout: float,
+    _: None,
+) -> torch.Tensor:
+    mask = sample_mask(q_NLH.shape[1], spec, q_NLH.device)
+    out = F.scaled_dot_product_attention(
+        q_NLH[None],
+        k_KLH[None],
+        v_KLH[None],
+        attn_mask=mask,
+        is_causal=spec.causal and mask is None,
+        dropout_p=dropout,
+        scale=spec.scale,
+        enable_gqa=q_NLH.shape[0] != k_KLH.shape[0],
+    )
+    return out[0]
+
+
+def _written_out(
+    q_NLH: torch.Tensor,
+    k_KLH: torch.Tensor,
+    v_KLH: torch.Tensor,
+    spec: AttentionSpec,
+    dropout: float,
+    sinks_N: torch.Tensor | None,
+) -> torch.Tensor:
+    """What PyTorch's kernel lacks: softcap, ALiBi, sinks. Scores are float32 or wider."""
+    length, repeats = q_NLH.shape[1], q_NLH.shape[0] // k_KLH.shape[0]
+    wide = torch.promote_types(q_NLH.dtype, torch.float32)
+    k, v = (x.repeat_interleave(repeats, 0).to(wide) for x in (k_KLH, v_KLH))
+    scores = q_NLH.to(wide) @ k.transpose(1, 2) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    at = torch.arange(length, device=q_NLH.device)
+    if spec.alibi_slopes is not None:
+        slopes = torch.tensor(spec.alibi_slopes, device=q_NLH.device)
+        scores = scores + slopes[:, None, None] * (at - at[:, None])
+    mask = sample_mask(length, spec, q_NLH.device)
+    if mask is None and spec.causal:
+        mask = at <= at[:, None]
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if sinks_N is not None:
+        # A key that takes weight and gives nothing.
+        scores = torch.cat([scores, sinks_N.to(wide)[:, None, None].expand(-1, length, 1)], -1)
+    weights = F.dropout(scores.softmax(-1)[..., :length], dropout)
+    return (weights @ v).to(q_NLH.dtype)
 
 
 class _EngineAttention(torch.autograd.Function):
@@ -98,24 +151,25 @@ class _EngineAttention(torch.autograd.Function):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
+        sinks: torch.Tensor | None,
         cu_seqlens: torch.Tensor,
         spec: AttentionSpec,
     ) -> torch.Tensor:
         from vllm_graft.serve import _vllm_cpu
 
-        ctx.save_for_backward(q, k, v)
+        ctx.save_for_backward(q, k, v, *(() if sinks is None else (sinks,)))
         ctx.cu_seqlens, ctx.spec = cu_seqlens, spec
-        return _vllm_cpu.paged_attention(
-            q, k, v, cu_seqlens, spec.scale, causal=spec.causal, sliding_window=spec.sliding_window
-        )
+        return _vllm_cpu.paged_attention(q, k, v, cu_seqlens, spec, sinks)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad_out: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v = (x.detach().requires_grad_() for x in ctx.saved_tensors)
+        leaves = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        q, k, v, sinks = (*leaves, None)[:4]
         with torch.enable_grad():
-            out = sdpa_packed(q, k, v, ctx.cu_seqlens, ctx.spec)
-        return (*torch.autograd.grad(out, (q, k, v), grad_out), None, None)
+            out = sdpa_packed(q, k, v, ctx.cu_seqlens, ctx.spec, sinks_N=sinks)
+        grads = torch.autograd.grad(out, leaves, grad_out)
+        return (*grads, None, None, None)[:6]
 
 
 def _engine_kernel_fits(q: torch.Tensor) -> bool:
@@ -133,28 +187,30 @@ def attend(
     cu_seqlens: torch.Tensor,
     spec: AttentionSpec,
     dropout: float = 0.0,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention of packed samples that never see each other.
 
     Args:
         q_TNH: `[T, N, H]`; k_TKH, v_TKH: `[T, K, H]`, N a multiple of K.
         cu_seqlens: `[B + 1]` int32 on CPU, from `positions.check_cu_seqlens`.
-        spec: scale, causality, window.
+        spec: scale, causality, window, softcap, ALiBi.
         dropout: probability on the attention weights. Above 0 the engine's
             kernel, which has none, is not used.
+        sinks_N: `[N]` scores of a key without value, in every softmax; None for no such key.
 
     Returns:
-        `[T, N, H]` in `q_TNH`'s dtype, differentiable in q, k and v.
+        `[T, N, H]` in `q_TNH`'s dtype, differentiable in q, k, v and the sinks.
     """
     if q_TNH.shape[0] == 0:
         return q_TNH.new_zeros(0, q_TNH.shape[1], v_TKH.shape[2])
-    if q_TNH.is_cuda and dropout == 0.0:
+    if q_TNH.is_cuda and dropout == 0.0 and spec.plain and sinks_N is None:
         from vllm_graft.attention.cuda import cuda_attention
 
         return cuda_attention(q_TNH, k_TKH, v_TKH, cu_seqlens, spec)
     if dropout > 0.0 or not _engine_kernel_fits(q_TNH):
-        return sdpa_packed(q_TNH, k_TKH, v_TKH, cu_seqlens, spec, dropout)
+        return sdpa_packed(q_TNH, k_TKH, v_TKH, cu_seqlens, spec, dropout, sinks_N)
     out: torch.Tensor = _EngineAttention.apply(  # type: ignore[no-untyped-call]
-        q_TNH, k_TKH, v_TKH, cu_seqlens, spec
+        q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, spec
     )
     return out

@@ -41,6 +41,8 @@ class AttentionSite:
     head_dim: int
     scale: float
     sliding_window: int | None
+    softcap: float | None
+    has_sinks: bool
 
 
 class TransformersForCausalLM(VLLMModelForCausalLM):
@@ -132,8 +134,6 @@ def _site(
 ) -> AttentionSite:
     q, k, v = qkv
     refused = {
-        "s_aux (attention sinks)": options.get("s_aux"),
-        "softcap": options.get("softcap"),
         "position_bias": options.get("position_bias"),
         "attention_mask": options.get("attention_mask"),
     }
@@ -142,10 +142,10 @@ def _site(
             raise ValueError(f"{name}: {what} is not supported in attention")
     if not options.get("is_causal", getattr(module, "is_causal", True)):
         raise ValueError(f"{name}: attention is not causal; it cannot be served from a KV cache")
-    if k.shape != v.shape or q.shape[2] != k.shape[2]:
+    if k.shape[:3] != v.shape[:3] or v.shape[3] > k.shape[3] or q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"{name}: keys {tuple(k.shape)} and values {tuple(v.shape)} must have one shape and "
-            f"the length of the queries {tuple(q.shape)}"
+            f"{name}: keys {tuple(k.shape)} and values {tuple(v.shape)} must have the same heads "
+            f"and the length of the queries {tuple(q.shape)}, and values be no wider than keys"
         )
     scale = options.get("scaling")
     return AttentionSite(
@@ -155,6 +155,8 @@ def _site(
         head_dim=q.shape[3],
         scale=q.shape[3] ** -0.5 if scale is None else float(scale),
         sliding_window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        has_sinks=options.get("s_aux") is not None,
     )
 
 
@@ -165,6 +167,8 @@ def _core(site: AttentionSite) -> CoreAttention:
         site.head_dim,
         scale=site.scale,
         sliding_window=site.sliding_window,
+        softcap=site.softcap,
+        has_sinks=site.has_sinks,
     )
 
 
@@ -205,7 +209,7 @@ def _attend(
     core: Any = module.get_submodule(CORE)
     core.dropout = dropout
     q, k, v = (x.transpose(1, 2) for x in (q_BNLH, k_BKLH, v_BKLH))
-    return core(q, k, v), None
+    return core(q, k, v, sinks=options.get("s_aux")), None
 
 
 def _positions(rows: torch.Tensor) -> torch.Tensor:
@@ -216,13 +220,24 @@ def _positions(rows: torch.Tensor) -> torch.Tensor:
     return torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
 
 
+class _BodyOutput:
+    """A body's output with nothing but hidden states, whatever else its class would name."""
+
+    def __init__(self, hidden: torch.Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> torch.Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+
 @contextmanager
 def _gives(base: nn.Module, hidden: torch.Tensor) -> Iterator[None]:
     """Let `base` return `hidden` as its last hidden states in the block, computing nothing."""
-    from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions as Output
-
     before = base.__dict__.get("forward")
-    base.forward = lambda *_, **__: Output(last_hidden_state=hidden)
+    base.forward = lambda *_, **__: _BodyOutput(hidden)
     try:
         yield
     finally:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_graft.attention.kernels import AttentionSpec
+
 SPLIT_KV_ENV = "VLLM_CPU_ATTN_SPLIT_KV"
 
 
@@ -190,8 +192,8 @@ def paged_attention_layer(
     num_heads: int,
     num_kv_heads: int,
     head_size: int,
-    scale: float,
-    sliding_window: int | None,
+    spec: AttentionSpec,
+    has_sinks: bool,
     prefix: str,
     vllm_config: Any,
     on_weights_ready: Callable[[], None],
@@ -204,18 +206,28 @@ def paged_attention_layer(
     # Without a window of its own a layer takes the checkpoint's; the module knows better.
     cache_config = copy.copy(vllm_config.cache_config)
     cache_config.sliding_window = None
+    # The choice of a backend depends on whether there are sinks; each forward brings them.
+    sinks = {"sinks": torch.zeros(num_heads)} if has_sinks else {}
     layer: nn.Module = _layer_class()(
         num_heads=num_heads,
         head_size=head_size,
-        scale=scale,
+        scale=spec.scale,
+        alibi_slopes=None if spec.alibi_slopes is None else list(spec.alibi_slopes),
+        logits_soft_cap=spec.softcap,
         num_kv_heads=num_kv_heads,
         cache_config=cache_config,
         quant_config=vllm_config.quant_config,
-        per_layer_sliding_window=sliding_window,
+        per_layer_sliding_window=spec.sliding_window,
         prefix=prefix,
+        **sinks,
     )
     layer.on_weights_ready = on_weights_ready  # type: ignore[assignment]
     return layer
+
+
+def set_sinks(layer: nn.Module, sinks_N: torch.Tensor) -> None:
+    """Give an attention layer its sinks as they are now: training may have moved them."""
+    layer.impl.sinks = sinks_N.detach()
 
 
 @functools.cache

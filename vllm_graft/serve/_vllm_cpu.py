@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from vllm_graft.attention.kernels import AttentionSpec
 from vllm_graft.exact import define_op
 from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
 
@@ -40,16 +41,16 @@ def paged_attention(
     k_TKH: torch.Tensor,
     v_TKH: torch.Tensor,
     cu_seqlens: torch.Tensor,
-    scale: float,
-    *,
-    causal: bool,
-    sliding_window: int | None,
+    spec: AttentionSpec,
+    sinks_N: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The engine's attention kernel over a scratch KV cache, without gradient.
 
     Args:
         q_TNH, k_TKH, v_TKH: flat tokens of all samples.
         cu_seqlens: `[B + 1]` int32 borders of the samples.
+        spec: scale, causality, window, softcap, ALiBi.
+        sinks_N: `[N]`, or None.
 
     Returns:
         `[T, N, H]`, bit-equal to what the engine computes for the same tokens.
@@ -58,7 +59,7 @@ def paged_attention(
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     (_, num_heads, head_size), num_kv_heads = q_TNH.shape, k_TKH.shape[1]
-    window = -1 if sliding_window is None else sliding_window
+    window = -1 if spec.sliding_window is None else spec.sliding_window
     isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     block_table, slots, num_blocks = scratch_blocks(tuple(lengths.tolist()), _BLOCK_SIZE)
@@ -75,7 +76,7 @@ def paged_attention(
         seq_lens=lengths,
         dtype=q_TNH.dtype,
         query_start_loc=cu_seqlens,
-        causal=causal,
+        causal=spec.causal,
         sliding_window_size=window,
         isa=isa,
         enable_kv_split=False,
@@ -88,16 +89,22 @@ def paged_attention(
         output=out,
         query_start_loc=cu_seqlens,
         seq_lens=lengths,
-        scale=scale,
-        causal=causal,
-        alibi_slopes=None,
+        scale=spec.scale,
+        causal=spec.causal,
+        alibi_slopes=None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes),
         sliding_window=window,
         block_table=block_table,
-        softcap=0.0,
+        softcap=spec.softcap or 0.0,
         scheduler_metadata=schedule,
-        s_aux=None,
+        s_aux=kernel_sinks(sinks_N),
     )
     return out
+
+
+def kernel_sinks(sinks_N: torch.Tensor | None) -> torch.Tensor | None:
+    """Sinks in a dtype that the kernel takes."""
+    known = (torch.bfloat16, torch.float32)
+    return sinks_N if sinks_N is None or sinks_N.dtype in known else sinks_N.float()
 
 
 @functools.cache

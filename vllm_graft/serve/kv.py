@@ -33,7 +33,11 @@ class PagedAttention:
         return self.rehearsing or _vllm.forward_running()
 
     def __call__(
-        self, q_TNH: torch.Tensor, k_TKH: torch.Tensor, v_TKH: torch.Tensor
+        self,
+        q_TNH: torch.Tensor,
+        k_TKH: torch.Tensor,
+        v_TKH: torch.Tensor,
+        sinks_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Cache k and v, attend to the cache; returns `[T, N, H]`.
 
@@ -44,6 +48,8 @@ class PagedAttention:
         self._count_call()
         if self.rehearsing:
             return q_TNH + (k_TKH + v_TKH).repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], 1)
+        if sinks_N is not None:
+            _vllm.set_sinks(self.layer, sinks_N)
         flat = (x.flatten(1).contiguous() for x in (q_TNH, k_TKH, v_TKH))
         out: torch.Tensor = self.layer(*flat)
         return out.view(q_TNH.shape)
@@ -167,8 +173,8 @@ def _paged(module: nn.Module, qualified: str, options: dict[str, Any]) -> PagedA
         num_heads=module.num_heads,
         num_kv_heads=module.num_kv_heads,
         head_size=module.head_dim,
-        scale=module.spec.scale,
-        sliding_window=module.spec.sliding_window,
+        spec=module.spec,
+        has_sinks=module.has_sinks,
         **options,
     )
     return PagedAttention(layer, qualified)

@@ -95,7 +95,7 @@ def _sdpa(
     v_KLH: torch.Tensor,
     spec: AttentionSpec,
     dropout: float,
-    _: None,
+    _: torch.Tensor | None,
 ) -> torch.Tensor:
     mask = sample_mask(q_NLH.shape[1], spec, q_NLH.device)
     out = F.scaled_dot_product_attention(

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
+from vllm_graft.families.transformers_names import CheckpointNames
 from vllm_graft.model import VLLMModelForCausalLM
 from vllm_graft.positions import current_batch
 
@@ -61,6 +62,7 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
+        self.names = CheckpointNames(model)
         _register()
         model.set_attn_implementation(INTERFACE)
         self.sites = find_sites(model)
@@ -95,15 +97,15 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         return logits[0]
 
     def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint under the model's own names.
+        """Load a checkpoint under the names that Transformers saves it with.
 
         Raises:
             WeightError: a tensor is missing or has another shape.
         """
         from vllm_graft.weights.load import load_external_weights
 
-        names = {name: name for name in self.model.state_dict()}
-        report = load_external_weights(self.model, weights_iter, names).report
+        stream = self.names.fused(weights_iter)
+        report = load_external_weights(self.model, stream, self.names.mapping).report
         return {f"model.{name}" for name in report.loaded.values()}
 
 

@@ -225,7 +225,7 @@ def paged_attention_layer(
     return layer
 
 
-def set_sinks(layer: nn.Module, sinks_N: torch.Tensor) -> None:
+def set_sinks(layer: Any, sinks_N: torch.Tensor) -> None:
     """Give an attention layer its sinks as they are now: training may have moved them."""
     layer.impl.sinks = sinks_N.detach()
 

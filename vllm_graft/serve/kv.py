@@ -69,7 +69,7 @@ class PagedAttention:
 class PagedLatent(PagedAttention):
     """A vLLM MLA layer as `TrainableMLA` calls it."""
 
-    def __call__(
+    def __call__(  # type: ignore[override]
         self, q_TNH: torch.Tensor, kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor
     ) -> torch.Tensor:
         """Cache the latent vectors and rotated keys, attend to the cache; `[T, N, V]`.

@@ -62,22 +62,6 @@ ZOO = {
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
     },
-    "deepseek_v3": SIZES
-    | {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 48,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 32,
-        "v_head_dim": 48,
-        "n_routed_experts": 8,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-        "moe_intermediate_size": 64,
-        "n_shared_experts": 1,
-    },
 }
 FAST = ("llama", "gpt2", "gemma2", "gpt_oss")
 

@@ -22,7 +22,7 @@ def adapt(model_or_factory: Any, config: Any = None) -> VLLMModelForCausalLM:
         config: the factory's argument; None for a factory that takes none.
 
     Raises:
-        TypeError: not a module, or one that no family of Graft knows.
+        TypeError: neither a module nor a callable that builds one.
         ValueError: attention that cannot be served, with the module's name.
     """
     model = model_or_factory
@@ -34,14 +34,13 @@ def adapt(model_or_factory: Any, config: Any = None) -> VLLMModelForCausalLM:
         return model
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory returned {type(model).__name__}, not an nn.Module")
-    if not is_transformers(model):
-        raise TypeError(
-            f"{type(model).__name__} is neither a Transformers model nor a VLLMModelForCausalLM; "
-            "derive a wrapper from VLLMModelForCausalLM"
-        )
-    from vllm_graft.families.transformers import TransformersForCausalLM
+    if is_transformers(model):
+        from vllm_graft.families.transformers import TransformersForCausalLM
 
-    return TransformersForCausalLM(model)
+        return TransformersForCausalLM(model)
+    from vllm_graft.families.handwritten import PlainForCausalLM
+
+    return PlainForCausalLM(model)
 
 
 def is_transformers(model: nn.Module) -> bool:

@@ -115,7 +115,7 @@ def _check_gradients(model, module, samples):
     own = dict(module.model.named_parameters())
     assert own.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
-        if parameter.grad.abs().max() < 1e-7:  # a key bias has no effect but rounding
+        if parameter.grad is None or parameter.grad.abs().max() < 1e-7:  # a key bias: rounding
             continue
         assert relative_error(own[name].grad, parameter.grad) < 1e-5, name
 
@@ -137,7 +137,6 @@ def test_adapt_calls_a_factory_and_returns_what_is_adapted():
     [
         (3, "takes a module or a factory, got int"),
         (dict, "the factory returned dict, not an nn.Module"),
-        (torch.nn.Linear(2, 2), "Linear is neither a Transformers model"),
     ],
 )
 def test_what_cannot_be_adapted_is_refused(wrong, message):

@@ -1,0 +1,162 @@
+"""Models written by hand, without a wrapper: served, trained, or refused with the place."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import vllm_graft
+from tests.support import engine, generate, live_module, prompts, sampled_logprobs, spread_weights
+from tests.zoo.test_transformers import GPT2, _check_gradients
+
+V, D, N = 512, 128, 4
+
+
+class Attention(nn.Module):
+    def __init__(self, kv_heads=N, rotate=None, **options):
+        super().__init__()
+        self.kv_heads, self.rotate = kv_heads, rotate
+        self.options = options or {"is_causal": True}
+        self.c_attn = nn.Linear(D, D + 2 * kv_heads * D // N)
+        self.c_proj = nn.Linear(D, D)
+
+    def forward(self, x, table=None):
+        b, length, _ = x.shape
+        q, k, v = self.c_attn(x).split([D, *[self.kv_heads * D // N] * 2], -1)
+        q, k, v = (y.view(b, length, -1, D // N) for y in (q, k, v))
+        if table is not None:
+            q, k = rotate(q, table), rotate(k, table)
+        q, k, v = (y.transpose(1, 2) for y in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, enable_gqa=self.kv_heads != N, **self.options)
+        return self.c_proj(out.transpose(1, 2).reshape(b, length, D))
+
+
+def rotate(x, table):
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table[None, :, None]).flatten(-2)
+
+
+class LearnedPositions(nn.Module):
+    """GPT-2: an `arange` into a table, fused `c_attn`, tied head."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(V, D), nn.Embedding(512, D)
+        self.h = nn.ModuleList(Attention(**options) for _ in range(2))
+        self.lm_head = nn.Linear(D, V, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.embed_positions(tokens)
+        for block in self.h:
+            x = x + block(x)
+        return self.lm_head(x)
+
+    def embed_positions(self, tokens):
+        return self.wpe(torch.arange(tokens.shape[1], device=tokens.device))
+
+
+class SlicedTable(LearnedPositions):
+    """A learned table cut to the length."""
+
+    def embed_positions(self, tokens):
+        return self.wpe.weight[: tokens.shape[1]]
+
+
+class Rotated(LearnedPositions):
+    """Llama reference: `freqs_cis` cut to the length, grouped heads."""
+
+    def __init__(self):
+        super().__init__(kv_heads=2)
+        angles = torch.outer(torch.arange(512.0), 1e4 ** -(torch.arange(0, D // N, 2) / (D // N)))
+        self.freqs_cis = torch.polar(torch.ones_like(angles), angles)
+
+    def forward(self, tokens):
+        x, table = self.wte(tokens), self.freqs_cis[: tokens.shape[1]]
+        for block in self.h:
+            x = x + block(x, table)
+        return self.lm_head(x)
+
+
+class GivenPositions(Rotated):
+    """gpt-fast: `input_pos` indexes the table."""
+
+    def forward(self, tokens, input_pos):
+        x, table = self.wte(tokens), self.freqs_cis[input_pos]
+        for block in self.h:
+            x = x + block(x, table)
+        return self.lm_head(x)
+
+
+STYLES = (LearnedPositions, SlicedTable, Rotated, GivenPositions)
+
+
+def reference(model, rows):
+    length = torch.arange(rows.shape[1])
+    return model(rows, length) if isinstance(model, GivenPositions) else model(rows)
+
+
+class Original(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.inner = model
+
+    def named_parameters(self, *args, **kwargs):
+        return self.inner.named_parameters(*args, **kwargs)
+
+    def forward(self, rows):
+        from types import SimpleNamespace
+
+        return SimpleNamespace(logits=reference(self.inner, rows))
+
+
+@pytest.mark.engine
+@pytest.mark.parametrize("style", STYLES)
+def test_served_and_trained_as_the_original(style, tmp_path):
+    from safetensors.torch import save_file
+    from transformers import GPT2Config
+
+    model = spread_weights(style()).eval()
+    GPT2Config(**GPT2, architectures=["Plain"]).save_pretrained(tmp_path)
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(tensors, tmp_path / "model.safetensors")
+    vllm_graft.register("Plain", lambda: vllm_graft.adapt(style()))
+    tokens = prompts((5, 40, 130))
+    with engine(tmp_path, dtype="float32") as llm:
+        completions = generate(llm, tokens, max_tokens=8)
+        samples = [p + list(c.token_ids) for p, c in zip(tokens, completions, strict=True)]
+        for prompt, sample, completion in zip(tokens, samples, completions, strict=True):
+            with torch.no_grad():
+                logits = reference(model, torch.tensor([sample]))[0, len(prompt) - 1 : -1]
+            assert logits.argmax(-1).tolist() == list(completion.token_ids)
+            want = logits.log_softmax(-1).max(-1).values
+            assert torch.tensor(sampled_logprobs(completion)).sub(want).abs().max() < 1e-4
+        _check_gradients(Original(model), live_module(llm), samples)
+
+
+class Leaking(LearnedPositions):
+    def forward(self, tokens):
+        return super().forward(tokens) + self.wte.weight[tokens].mean(1, True).sum()
+
+
+class Twice(LearnedPositions):
+    def forward(self, tokens):
+        return self.lm_head(self.h[0](self.h[0](self.wte(tokens))))
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: LearnedPositions(is_causal=False), r"h\.0: attention is not causal"),
+        (lambda: LearnedPositions(attn_mask=torch.zeros(1)), r"h\.0: attn_mask is given"),
+        (Leaking, "packed into one row give other logits"),
+        (Twice, r"h\.0: attention runs twice"),
+        (lambda: nn.Sequential(nn.Embedding(V, D)), "never calls scaled_dot_product_attention"),
+        (lambda: nn.Linear(2, 2), "takes no token ids"),
+    ],
+)
+def test_what_cannot_be_proven_is_refused_with_the_place(build, message):
+    with pytest.raises(ValueError, match=message):
+        vllm_graft.adapt(spread_weights(build()).eval())

@@ -160,3 +160,14 @@ class Twice(LearnedPositions):
 def test_what_cannot_be_proven_is_refused_with_the_place(build, message):
     with pytest.raises(ValueError, match=message):
         vllm_graft.adapt(spread_weights(build()).eval())
+
+
+def test_ranks_are_refused():
+    from types import SimpleNamespace
+
+    from vllm_graft.serve.adapter import _check_ranks_supported
+
+    two = SimpleNamespace(get_tensor_parallel_world_size=lambda: 2)
+    model = vllm_graft.adapt(LearnedPositions().eval())
+    with pytest.raises(ValueError, match="Plain: tensor_parallel_size=2: a model that adapt made"):
+        _check_ranks_supported("Plain", model, two)

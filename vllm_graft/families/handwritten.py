@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -37,6 +37,8 @@ class PlainForCausalLM(VLLMModelForCausalLM):
     Raises:
         ValueError: attention that cannot be served, or a trial whose logits differ.
     """
+
+    supports_tp: ClassVar[bool] = False
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -58,6 +58,8 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
     Raises:
         ValueError: attention that asks for what `CoreAttention` does not do.
     """
+
+    supports_tp: ClassVar[bool] = False
 
     def __init__(self, model: Any) -> None:
         super().__init__()

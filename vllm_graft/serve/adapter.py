@@ -200,8 +200,9 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     with parameters_as(vllm_config.model_config.dtype):
         model: Any = call_factory(factory, vllm_config, context)
     if isinstance(model, nn.Module) and is_transformers(model):
-        model = _adapted(arch, model, context)
+        model = adapt(model.eval())
     _check_model(arch, model)
+    _check_ranks_supported(arch, model, context)
     _check_stages_supported(arch, model, context)
     shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
@@ -215,13 +216,12 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     return built
 
 
-def _adapted(arch: str, model: nn.Module, context: ParallelContext) -> nn.Module:
+def _check_ranks_supported(arch: str, model: nn.Module, context: ParallelContext) -> None:
     ranks = context.get_tensor_parallel_world_size()
-    if ranks > 1:
+    if ranks > 1 and not getattr(model, "supports_tp", True):
         raise ValueError(
-            f"{arch}: tensor_parallel_size={ranks}: a Transformers model is not sharded; use 1"
+            f"{arch}: tensor_parallel_size={ranks}: a model that adapt made is not sharded; use 1"
         )
-    return adapt(model.eval())
 
 
 def _check_model(arch: str, model: Any) -> None:

@@ -124,15 +124,27 @@ def qwen3_config(hf_config: Any, max_seq_len: int) -> Any:
     return config
 
 
+def _inner_attention(window: int | None) -> Any:
+    """What Graft replaces; only `VarlenAttention` can say that there is a window.
+
+    On Hopper cards building a `VarlenAttention` loads FlashAttention 3's own package, which
+    neither vLLM nor Graft needs.
+    """
+    from torchtitan.models.common.attention import ScaledDotProductAttention, VarlenAttention
+
+    if window is None:
+        return ScaledDotProductAttention.Config()
+    # TorchTitan counts the keys before the query, Hugging Face the query too.
+    return VarlenAttention.Config(window_size=(window - 1, 0))
+
+
 def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:
     from torchtitan.models.common import CosSinRoPE
-    from torchtitan.models.common.attention import VarlenAttention
     from torchtitan.models.common.config_utils import make_gqa_config
     from torchtitan.models.qwen3.model import Qwen3TransformerBlock
 
     dim, sparse = hf_config.hidden_size, _is_sparse(hf_config, index)
     head_dim = getattr(hf_config, "head_dim", None) or dim // hf_config.num_attention_heads
-    window = _window(hf_config, index)
     attention = make_gqa_config(
         dim=dim,
         n_heads=hf_config.num_attention_heads,
@@ -140,10 +152,7 @@ def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init:
         head_dim=head_dim,
         wqkv_param_init=init,
         wo_param_init=init,
-        # TorchTitan counts the keys before the query, Hugging Face the query too.
-        inner_attention=VarlenAttention.Config(
-            window_size=(-1 if window is None else window - 1, 0)
-        ),
+        inner_attention=_inner_attention(_window(hf_config, index)),
         fuse_qkv=False,
         rope=CosSinRoPE.Config(
             dim=head_dim, max_seq_len=max_seq_len, theta=hf_config.rope_parameters["rope_theta"]

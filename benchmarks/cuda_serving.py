@@ -6,9 +6,9 @@
 
 Weights are random. `speed` pairs four engines, each in a process of its own, in
 interleaved rounds: Graft, Graft under `VLLM_BATCH_INVARIANT=1`, vLLM's own model
-and vLLM's Transformers backend. `exact` runs `verify_exactness` under
-`VLLM_BATCH_INVARIANT=1`. `step` times token_logprobs, backward and AdamW on the
-served module. The last line is one JSON object.
+and vLLM's Transformers backend; `--shape 8b --dummy` is Qwen3-8B. `exact` runs
+`verify_exactness` under `VLLM_BATCH_INVARIANT=1`. `step` times token_logprobs,
+backward and AdamW on the served module. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import os
 import statistics
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -42,50 +43,84 @@ SHAPE_8B = {
     "head_dim": 128,
     "intermediate_size": 12288,
     "vocab_size": 151936,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+    "tie_word_embeddings": False,
 }
 
 
 def write(shape: str, folder: Path) -> None:
-    """A checkpoint of a shape of `vllm_graft.bench.shapes`, or of Qwen3-8B."""
+    """A checkpoint of a shape of `vllm_graft.bench.shapes`, or the config of Qwen3-8B alone."""
     from vllm_graft.bench import shapes
 
-    shapes.SHAPES["8b"] = SHAPE_8B
-    shapes.write_checkpoint(shape, folder)
+    if shape == "8b":
+        config = {**SHAPE_8B, "architectures": ["Qwen3ForCausalLM"], "torch_dtype": "bfloat16"}
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps(config))
+    else:
+        shapes.write_checkpoint(shape, folder)
 
 
 def speed(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill and decode of all contenders, in turns."""
-    from vllm_graft.bench.report import as_json
-    from vllm_graft.bench.run import contenders, measure
+    """Prefill and decode of all contenders, in turns, for every batch size."""
+    from vllm_graft.bench.process import Worker
     from vllm_graft.bench.spec import Workload
-    from vllm_graft.cli.target import register_target
 
-    user_env = dict(os.environ)
-    name = register_target(checkpoint, None, FACTORY)
-    workload = Workload(
-        batch_size=args.batch_size, prompt_len=args.prompt_len, output_len=args.output_len
-    )
     engine = {
+        "model": checkpoint,
         "dtype": "bfloat16",
         "max_model_len": args.prompt_len + args.output_len,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.2,
+        **({"load_format": "dummy"} if args.dummy else {}),
         **GRAPHS[args.graphs],
     }
-    with tempfile.TemporaryDirectory() as cache:
-        entrants = contenders(
-            arch=name,
-            peers=["vllm", "transformers"],
-            llm={"model": checkpoint, **engine},
-            user_env=user_env,
-            cache=Path(cache),
-        )
-        exact_env = {**entrants[0].env, "VLLM_BATCH_INVARIANT": "1"}
-        entrants.insert(1, dataclasses.replace(entrants[0], name="graft-exact", env=exact_env))
-        entrants = [one for one in entrants if one.name in args.only.split(",")]
-        results = measure(entrants, workload, args.logs, lambda what, _: print(what, flush=True))
-    return as_json(results, workload, {"architecture": name, **engine})
+    found: dict[str, Any] = {"settings": engine, "prompt_len": args.prompt_len}
+    with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
+        workers = {}
+        for entrant in chosen(engine, args.only.split(","), Path(cache)):
+            worker = stack.enter_context(Worker(entrant, args.logs / f"{entrant.name}.log"))
+            print(entrant.name, "started in", *worker.start(), flush=True)
+            workers[entrant.name] = worker
+        for batch_size in args.batch_sizes:
+            workload = Workload(
+                batch_size=batch_size, prompt_len=args.prompt_len, output_len=args.output_len
+            )
+            found[f"batch {batch_size}"] = interleaved(workers, workload)
+    return found
+
+
+def chosen(engine: dict[str, Any], names: list[str], cache: Path) -> list[Any]:
+    """The contenders of these names; `graft-exact` is Graft under `VLLM_BATCH_INVARIANT=1`."""
+    from vllm_graft.bench.run import contenders
+    from vllm_graft.cli.target import register_target
+
+    user_env = dict(os.environ)
+    arch = register_target(engine["model"], None, FACTORY)
+    peers = ["vllm", "transformers"]
+    made = contenders(arch=arch, peers=peers, llm=engine, user_env=user_env, cache=cache)
+    exact_env = {**made[0].env, "VLLM_BATCH_INVARIANT": "1"}
+    made.insert(1, dataclasses.replace(made[0], name="graft-exact", env=exact_env))
+    return [entrant for entrant in made if entrant.name in names]
+
+
+def interleaved(workers: dict[str, Any], workload: Any) -> dict[str, Any]:
+    """Medians over rounds in turns, after one round that does not count."""
+    rounds: dict[str, list[Any]] = {name: [] for name in workers}
+    for seed in range(workload.rounds + 1):
+        for name, worker in workers.items():
+            rounds[name].append(worker.round(workload, seed))
+    return {
+        name: {
+            "prefill_ms": 1e3 * statistics.median(one.prefill_s for one in measured[1:]),
+            "decode_step_ms": 1e3
+            * statistics.median(one.total_s - one.prefill_s for one in measured[1:])
+            / (workload.output_len - 1),
+        }
+        for name, measured in rounds.items()
+    }
 
 
 def trainable(checkpoint: str, args: argparse.Namespace) -> Any:
@@ -114,8 +149,8 @@ def exact(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
 def step(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a training step on the served module, and of a generation after it."""
     llm = trainable(checkpoint, args)
-    sequences = torch.randint(5, 512, (args.batch_size, args.prompt_len + args.output_len))
-    prompts = [args.prompt_len] * args.batch_size
+    sequences = torch.randint(5, 512, (args.batch_sizes[0], args.prompt_len + args.output_len))
+    prompts = [args.prompt_len] * args.batch_sizes[0]
     optimizer = torch.optim.AdamW(llm.model.parameters(), lr=1e-5, fused=torch.cuda.is_available())
 
     def once() -> None:
@@ -151,7 +186,8 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, help="made here if it does not exist")
     parser.add_argument("--graphs", choices=tuple(GRAPHS), default="graphs")
     parser.add_argument("--only", default="graft,graft-exact,vllm,transformers")
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--dummy", action="store_true", help="engines make their own weights")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))

@@ -1,0 +1,117 @@
+"""The two sides of a comparison: token ids in, full-vocabulary log-probs out. Torch only.
+
+Legend: T tokens of all prompts one after another, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_graft.doctor.anatomy import Spot, spots
+from vllm_graft.positions import packed
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclass
+class Trace:
+    """What one side computed for all prompts."""
+
+    logprobs: torch.Tensor
+    """`[T, V]` float32."""
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By role `[T, D]`: what the embedding, each attention and each layer returned."""
+    names: dict[str, str] = field(default_factory=dict)
+    """By role: the module's name."""
+
+
+class Reference:
+    """The model that is right, run prompt by prompt.
+
+    Args:
+        module: hooks go onto its modules.
+        logits: token ids `[L]` to logits `[L, V]`, with gradient.
+        kind: `"original"`, `"transformers"`.
+        note: what about it the report must say.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        kind: str,
+        note: str = "",
+    ) -> None:
+        self.module, self._logits, self.kind, self.note = module, logits, kind, note
+
+    def logits(self, prompts: Prompts) -> torch.Tensor:
+        """Logits `[T, V]`, with gradient."""
+        return torch.cat([self._logits(torch.tensor(p)) for p in prompts]).float()
+
+
+class Adapted:
+    """The user's module as it trains: one packed forward over all prompts.
+
+    Args:
+        module: has `forward(tokens, positions=...)` and `compute_logits`.
+        batched: whether `forward` takes `[1, T]`.
+    """
+
+    def __init__(self, module: Any, *, batched: bool = False) -> None:
+        self.module, self._batched = module, batched
+
+    def logits(self, prompts: Prompts) -> torch.Tensor:
+        """Logits `[T, V]`, with gradient."""
+        borders = torch.tensor([0, *(len(p) for p in prompts)]).cumsum(0)
+        tokens = torch.tensor([t for p in prompts for t in p])
+        positions = torch.cat([torch.arange(len(p)) for p in prompts])
+        with packed(borders):
+            if self._batched:
+                hidden = self.module(tokens[None], positions=positions[None])[0]
+            else:
+                hidden = self.module(tokens, positions=positions)
+        logits: torch.Tensor = self.module.compute_logits(hidden)
+        return logits.float()
+
+
+def trace(side: Reference | Adapted, prompts: Prompts) -> Trace:
+    """Log-probs and the value at every spot, without gradient."""
+    found = list(spots(side.module))
+    kept: dict[str, list[torch.Tensor]] = {spot.role: [] for spot in found}
+    with torch.no_grad(), _evaluating(side.module), _recording(found, kept):
+        logprobs = side.logits(prompts).log_softmax(-1)
+    values = {role: torch.cat(rows) for role, rows in kept.items() if rows}
+    return Trace(logprobs, values, {spot.role: spot.name for spot in found})
+
+
+@contextmanager
+def _recording(found: list[Spot], kept: dict[str, list[torch.Tensor]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for spot in found:
+            stack.callback(spot.module.register_forward_hook(_keep(kept[spot.role])).remove)
+        yield
+
+
+def _keep(rows: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) else output
+        rows.append(first.detach().float().reshape(-1, first.shape[-1]).clone())
+
+    return hook
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    training = [each for each in module.modules() if each.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for each in training:
+            each.training = True

@@ -62,7 +62,7 @@ def failure(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, s
 # --- help, list, version ----------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "bench", "list", "version"])
+@pytest.mark.parametrize("command", ["serve", "generate", "bench", "doctor", "list", "version"])
 def test_every_command_has_help(command: str) -> None:
     result = runner.invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -83,7 +83,7 @@ def generate(
     }
     sampling = {"max_tokens": max_tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
     with stdout_kept_clean():
-        _settle_environment(verbose)
+        settle_environment(verbose)
         import_factory(name)
         completions = complete(checkpoint, name, prompt, engine, sampling)
     if as_json:
@@ -138,7 +138,7 @@ def _entry(output: Any) -> dict[str, Any]:
     }
 
 
-def _settle_environment(verbose: bool) -> None:
+def settle_environment(verbose: bool) -> None:
     """The engine runs in this process, and its log level follows `--verbose`."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO" if verbose else "ERROR")

@@ -1,0 +1,65 @@
+"""`vllm-graft doctor` as a command: a healthy port, a faulty one, and one that cannot be run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.support import ROOT, qwen3_checkpoint
+
+pytestmark = pytest.mark.engine
+FACTORY = "vllm_graft.families.transformers:build"
+FAULTY = """
+from vllm_graft.families import transformers
+
+def build(vllm_config, parallel_context):
+    module = transformers.build(vllm_config, parallel_context)
+    for layer in module.model.model.layers:
+        layer.input_layernorm.variance_epsilon = 1e-2
+    return module
+"""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return qwen3_checkpoint(tmp_path_factory.mktemp("qwen3"))
+
+
+def command(folder, *arguments):
+    code = "from vllm_graft.cli.main import main; main()"
+    return subprocess.run(
+        [sys.executable, "-c", code, "doctor", *map(str, arguments)],
+        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+
+
+def test_healthy_port_exits_0_and_every_path_was_compared(checkpoint, tmp_path):
+    done = command(tmp_path, checkpoint, "--factory", FACTORY, "--json", "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["healthy"] is True
+    assert [(each["path"], each["tokens"]) for each in report["paths"]] == [
+        ("training forward", 195), ("prefill", 195), ("chunked prefill", 195),
+        ("prefix cache, 128 tokens", 3), ("decode", 24), ("mixed batch", 24),
+    ]  # fmt: skip
+
+
+def test_faulty_port_exits_1_with_place_and_fault(checkpoint, tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    done = command(tmp_path, checkpoint, "--factory", "faulty.py:build", "--json", "report.json")
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["diagnoses"][0]["fault"] == "wrong norm eps"
+    assert "layers.0.self_attn" in done.stdout
+
+
+def test_port_that_cannot_be_built_exits_2(checkpoint, tmp_path):
+    (tmp_path / "none.py").write_text("def build(vllm_config, parallel_context): return None\n")
+    done = command(tmp_path, checkpoint, "--factory", "none.py:build")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr.splitlines()[-1]

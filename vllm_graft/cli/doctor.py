@@ -1,0 +1,73 @@
+"""`vllm-graft doctor`: a port against Transformers' model of the same checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from vllm_graft.cli.errors import UsageError
+from vllm_graft.cli.generate import settle_environment, stdout_kept_clean
+from vllm_graft.cli.options import OUTPUT, Arch, Checkpoint, Factory
+from vllm_graft.cli.target import import_factory, register_target
+
+if TYPE_CHECKING:
+    from vllm_graft.doctor.report import Report
+
+JsonFile = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="FILE", help="Write the report here.", rich_help_panel=OUTPUT),
+]
+
+
+def doctor(
+    checkpoint: Checkpoint, arch: Arch = None, factory: Factory = None, json_file: JsonFile = None
+) -> int:
+    """Compare a port with Transformers on every path; 0 healthy, 1 diverges, 2 could not run."""
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise UsageError(f"--json {json_file}: expected a file in a folder that exists")
+    name = register_target(checkpoint, arch, factory)
+    with stdout_kept_clean():
+        settle_environment(verbose=False)
+        import_factory(name)
+        report = _run(checkpoint, name)
+    _show(report)
+    if json_file is not None:
+        content = {"healthy": report.healthy, **asdict(report)}
+        json_file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    return 0 if report.healthy else 1
+
+
+def _run(checkpoint: str, name: str) -> Report:
+    from vllm_graft.doctor.report import doctor as examine
+
+    screen = Console(stderr=True, highlight=False)
+    try:
+        with screen.status("starting") as status:
+            return examine(checkpoint, name, status.update)
+    except Exception as error:
+        raise UsageError(f"{checkpoint} ({name}): {type(error).__name__}: {error}") from error
+
+
+def _show(report: Report) -> None:
+    table = Table("path", "tokens", "max |difference|, nats", "greedy equal", "")
+    for each in report.paths:
+        verdict = "ok" if each.healthy else "DIVERGES"
+        greedy = f"{each.greedy_equal} / {each.tokens}"
+        table.add_row(each.path, str(each.tokens), f"{each.max_difference:.2e}", greedy, verdict)
+    screen = Console(highlight=False, soft_wrap=True)
+    screen.print(table)
+    if report.first is not None:
+        spot = report.first
+        screen.print(
+            f"First apart at {spot.name} ({spot.role}): {spot.value:.6g}, expected "
+            f"{spot.expected:.6g}, token {spot.token}", markup=False,
+        )  # fmt: skip
+    for diagnosis in report.diagnoses:
+        screen.print(f"- {diagnosis}", markup=False)
+    screen.print(f"{'healthy' if report.healthy else 'diverges'}, {report.seconds:.0f} s")

@@ -55,7 +55,8 @@ def _run(llm: Any, prompts: Prompts, *, one_a_step: bool = False, **options: Any
         ignore_eos=True,
         detokenize=False,
     )
-    waiting, done = list(enumerate(prompts)), {}
+    waiting = list(enumerate(prompts))
+    done: dict[str, Any] = {}
     while waiting or engine.has_unfinished_requests():
         count = 1 if one_a_step else len(waiting)
         for index, prompt in waiting[:count]:

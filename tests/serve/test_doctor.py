@@ -12,15 +12,15 @@ import pytest
 from tests.support import ROOT, qwen3_checkpoint
 
 pytestmark = pytest.mark.engine
-FACTORY = "vllm_graft.families.transformers:build"
+FACTORY = "transformers:AutoModelForCausalLM.from_config"
 FAULTY = """
-from vllm_graft.families import transformers
+from transformers import AutoModelForCausalLM
 
-def build(vllm_config, parallel_context):
-    module = transformers.build(vllm_config, parallel_context)
-    for layer in module.model.model.layers:
+def build(config):
+    model = AutoModelForCausalLM.from_config(config)
+    for layer in model.model.layers:
         layer.input_layernorm.variance_epsilon = 1e-2
-    return module
+    return model
 """
 
 

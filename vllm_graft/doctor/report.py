@@ -13,6 +13,7 @@ from vllm_graft.doctor.compare import Agreement, Divergence, agreement, divergen
 from vllm_graft.doctor.diagnose import Diagnosis, diagnose
 from vllm_graft.doctor.engine import Rows, paths
 from vllm_graft.doctor.sides import Adapted, Prompts, Reference, trace
+from vllm_graft.serve import _vllm_engine
 
 _LENGTHS = (5, 40, 150)
 """The last one is longer than a KV block, so that the prefix cache has something."""
@@ -73,7 +74,8 @@ def _examine(
 ) -> Report:
     prompts = _prompts(config.vocab_size, llm.model_config.max_model_len)
     progress("training forward")
-    adapted = Adapted(llm.model)
+    core = _vllm_engine.core_of(llm.llm_engine)
+    adapted = Adapted(llm.model, _vllm_engine.adapter_of(core).training_hidden)
     want, got = trace(reference, prompts), trace(adapted, prompts)
     found = [agreement("training forward", got.logprobs, want.logprobs)]
     for path, rows in paths(llm, prompts):

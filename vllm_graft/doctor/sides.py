@@ -59,12 +59,14 @@ class Adapted:
     """The user's module as it trains: one packed forward over all prompts.
 
     Args:
-        module: has `forward(tokens, positions=...)` and `compute_logits`.
-        batched: whether `forward` takes `[1, T]`.
+        module: has `compute_logits`.
+        hidden: tokens `[T]` and their positions to hidden states `[T, D]`; default: the
+            module's own forward.
     """
 
-    def __init__(self, module: Any, *, batched: bool = False) -> None:
-        self.module, self._batched = module, batched
+    def __init__(self, module: Any, hidden: Callable[..., torch.Tensor] | None = None) -> None:
+        self.module = module
+        self._hidden = hidden or module
 
     def logits(self, prompts: Prompts) -> torch.Tensor:
         """Logits `[T, V]`, with gradient."""
@@ -72,10 +74,7 @@ class Adapted:
         tokens = torch.tensor([t for p in prompts for t in p])
         positions = torch.cat([torch.arange(len(p)) for p in prompts])
         with packed(borders):
-            if self._batched:
-                hidden = self.module(tokens[None], positions=positions[None])[0]
-            else:
-                hidden = self.module(tokens, positions=positions)
+            hidden = self._hidden(tokens, positions=positions)
         logits: torch.Tensor = self.module.compute_logits(hidden)
         return logits.float()
 

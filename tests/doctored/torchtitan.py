@@ -50,7 +50,8 @@ def _original(config):
 
     model = Qwen3ForCausalLM._from_config(config, attn_implementation="eager").eval()
     for parameter in model.parameters():
-        spread = 0.05 if parameter.dim() > 1 else 0.3
+        # Qwen3's own spread: an eps of 1e-5 must matter beside the squares of its values.
+        spread = 0.02 if parameter.dim() > 1 else 0.3
         nn.init.normal_(parameter, mean=float(parameter.dim() == 1), std=spread)
     for layer in model.model.layers:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
@@ -111,6 +112,7 @@ def no_bias(port):
 def other_softmax_scale(port):
     for attention in _attentions(port):
         core = attention.inner_attention
+        attention.scaling = 1.0
         core.spec = replace(core.spec, scale=1.0)
 
 
@@ -125,7 +127,7 @@ def early_keys(port):
 
 
 def untie(port):
-    port.model.lm_head.weight = nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.05)
+    port.model.lm_head.weight = nn.Parameter(torch.randn(VOCAB, WIDTH) * 0.02)
 
 
 def unscaled(port):

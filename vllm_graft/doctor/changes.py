@@ -61,3 +61,16 @@ def before(module: nn.Module, hook: Any) -> Iterator[None]:
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def scaled_queries(factors: Sequence[tuple[nn.Module, float]]) -> Iterator[None]:
+    """Other queries for attention modules: another softmax scale, whoever passes the one."""
+    with ExitStack() as stack:
+        for core, factor in factors:
+
+            def hook(_: nn.Module, args: Any, kwargs: Any, factor: float = factor) -> Any:
+                return (args[0] * factor, *args[1:]), kwargs
+
+            stack.enter_context(before(core, hook))
+        yield

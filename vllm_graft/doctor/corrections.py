@@ -11,7 +11,7 @@ import math
 import operator
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -203,10 +203,10 @@ def _scales(model: nn.Module, config: Any) -> Iterator[Correction]:
     right = {dim**-0.5 for dim in dims} | {1.0, 1.0 / core.head_dim}
     right.add(getattr(config, "attention_multiplier", None) or 1.0)
     for scale in sorted(right - {core.spec.scale}):
-        edits = [(c, "spec", replace(c.spec, scale=scale)) for _, c in found]
+        factors = [(c, scale / c.spec.scale) for _, c in found]
         yield Correction(
             "wrong softmax scale", name, f"{core.spec.scale:.6g}", f"{scale:.6g}",
-            partial(changes.set_to, edits),
+            partial(changes.scaled_queries, factors),
         )  # fmt: skip
 
 

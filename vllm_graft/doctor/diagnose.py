@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_graft.doctor.corrections import corrections
+from vllm_graft.doctor.corrections import corrections, seams
 from vllm_graft.doctor.rotations import rotations
 from vllm_graft.doctor.sides import Adapted, Prompts, Reference, trace
 
@@ -74,12 +74,15 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _rotations(model: Any, config: Any) -> Any:
-    theta = rope_theta(config)
-    return () if theta is None else rotations(model, theta)
+    thetas = rope_thetas(config, len(seams(model)))
+    return rotations(model, thetas) if thetas else ()
 
 
-def rope_theta(config: Any) -> float | None:
-    """`rope_theta` as the checkpoint has it; None for a model without rotary embeddings."""
+def rope_thetas(config: Any, layers: int) -> list[float]:
+    """`rope_theta` of each layer as the checkpoint has it; empty without rotary embeddings."""
     parameters = getattr(config, "rope_parameters", None) or {}
+    kinds = getattr(config, "layer_types", None) or []
+    if len(kinds) == layers and all(isinstance(parameters.get(kind), dict) for kind in kinds):
+        return [float(parameters[kind]["rope_theta"]) for kind in kinds]
     theta = parameters.get("rope_theta", getattr(config, "rope_theta", None))
-    return None if theta is None else float(theta)
+    return [] if theta is None else [float(theta)] * layers

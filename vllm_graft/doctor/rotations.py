@@ -6,15 +6,16 @@ rotation can be undone. Covers rotations of the whole head. Legend as in `attent
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from vllm_graft.attention.core import CoreAttention
+from vllm_graft.doctor import changes
 from vllm_graft.doctor.corrections import Correction, seams
 from vllm_graft.positions import current_batch
 
@@ -45,43 +46,35 @@ class Rope:
         return torch.stack([one * cos - two * sin, two * cos + one * sin], -1).flatten(-2)
 
 
-def rotations(model: nn.Module, theta: float) -> Iterator[Correction]:
+def rotations(model: nn.Module, thetas: Sequence[float]) -> Iterator[Correction]:
     """Every hypothesis about rotary embeddings.
 
     Args:
         model: the adapted one.
-        theta: `rope_theta` of the checkpoint.
+        thetas: `rope_theta` of the checkpoint, for each `CoreAttention`.
     """
-    found = seams(model)
-    if not found:
-        return
-    name, cores = found[0][0], [core for _, core in found]
+    name = seams(model)[0][0]
+    cores = [core for _, core in seams(model)]
+
+    def correction(
+        fault: str, wrong: Sequence[Rope], right: Sequence[Rope], which: tuple[bool, bool]
+    ) -> Correction:
+        turns = list(zip(cores, wrong, right, strict=True))
+        first = next(pair for pair in zip(wrong, right, strict=True) if pair[0] != pair[1])
+        return Correction(fault, name, *map(_say, first), partial(_turned, turns, which))
+
     for style in _STYLES:
-        other = _STYLES[style == _STYLES[0]]
-        right = Rope(style, theta)
-        yield _correction(
-            "RoPE: interleaved against half-split", name, cores, (Rope(other, theta), right)
-        )
+        right = [Rope(style, theta) for theta in thetas]
+        other = [Rope(_STYLES[style == _STYLES[0]], theta) for theta in thetas]
+        yield correction("RoPE: interleaved against half-split", other, right, (True, True))
         for wrong in THETAS:
-            if wrong != theta:
-                pair = (Rope(style, wrong), right)
-                yield _correction("wrong RoPE theta", name, cores, pair)
+            if set(thetas) != {wrong}:
+                same = [Rope(style, wrong)] * len(thetas)
+                yield correction("wrong RoPE theta", same, right, (True, True))
         for shift in (-1, 1):
-            for both in (False, True):
-                pair = (Rope(style, theta, shift), right)
-                which = (not both, both)
-                yield _correction("off-by-one positions", name, cores, pair, which)
-
-
-def _correction(
-    fault: str,
-    name: str,
-    cores: list[CoreAttention],
-    pair: tuple[Rope, Rope],
-    which: tuple[bool, bool] = (True, True),
-) -> Correction:
-    wrong, right = pair
-    return Correction(fault, name, _say(wrong), _say(right), lambda: _turned(cores, pair, which))
+            moved = [Rope(style, theta, shift) for theta in thetas]
+            for which in ((True, False), (False, True)):
+                yield correction("off-by-one positions", moved, right, which)
 
 
 def _say(rope: Rope) -> str:
@@ -91,22 +84,22 @@ def _say(rope: Rope) -> str:
 
 @contextmanager
 def _turned(
-    cores: list[CoreAttention], pair: tuple[Rope, Rope], which: tuple[bool, bool]
+    turns: Sequence[tuple[nn.Module, Rope, Rope]], which: tuple[bool, bool]
 ) -> Iterator[None]:
-    wrong, right = pair
-
-    def again(x: torch.Tensor) -> torch.Tensor:
-        batch = current_batch()
-        if batch is None:
-            raise RuntimeError("the doctor's rotations need a batch; run inside packed(...)")
-        return right.turn(wrong.turn(x, batch.positions, -1), batch.positions, 1)
-
-    def hook(_: nn.Module, args: Any, kwargs: Any) -> Any:
-        q, k, *rest = args
-        return (again(q) if which[0] else q, again(k) if which[1] else k, *rest), kwargs
-
     with ExitStack() as stack:
-        for core in cores:
-            handle = core.register_forward_pre_hook(hook, with_kwargs=True)
-            stack.callback(handle.remove)
+        for core, wrong, right in turns:
+            stack.enter_context(changes.before(core, partial(_again, wrong, right, which)))
         yield
+
+
+def _again(
+    wrong: Rope, right: Rope, which: tuple[bool, bool], _: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    batch = current_batch()
+    if batch is None:
+        raise RuntimeError("the doctor's rotations need a batch; run inside packed(...)")
+    turned = [
+        right.turn(wrong.turn(x, batch.positions, -1), batch.positions, 1) if chosen else x
+        for x, chosen in zip(args[:2], which, strict=True)
+    ]
+    return (*turned, *args[2:]), kwargs

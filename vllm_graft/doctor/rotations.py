@@ -60,8 +60,10 @@ def rotations(model: nn.Module, thetas: Sequence[float]) -> Iterator[Correction]
         fault: str, wrong: Sequence[Rope], right: Sequence[Rope], which: tuple[bool, bool]
     ) -> Correction:
         turns = list(zip(cores, wrong, right, strict=True))
-        first = next(pair for pair in zip(wrong, right, strict=True) if pair[0] != pair[1])
-        return Correction(fault, name, *map(_say, first), partial(_turned, turns, which))
+        pairs = zip(wrong, right, strict=True)
+        found, expected = next(pair for pair in pairs if pair[0] != pair[1])
+        change = partial(_turned, turns, which)
+        return Correction(fault, name, _say(found), _say(expected), change)
 
     for style in _STYLES:
         right = [Rope(style, theta) for theta in thetas]

@@ -43,6 +43,7 @@ def test_healthy_port_exits_0_and_every_path_was_compared(checkpoint, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["healthy"] is True
+    assert len(report["gradients"]) == 2 + 3 * 9
     assert [(each["path"], each["tokens"]) for each in report["paths"]] == [
         ("training forward", 195), ("prefill", 195), ("chunked prefill", 195),
         ("prefix cache, 128 tokens", 3), ("decode", 24), ("mixed batch", 24),
@@ -51,11 +52,13 @@ def test_healthy_port_exits_0_and_every_path_was_compared(checkpoint, tmp_path):
 
 def test_faulty_port_exits_1_with_place_and_fault(checkpoint, tmp_path):
     (tmp_path / "faulty.py").write_text(FAULTY)
-    done = command(tmp_path, checkpoint, "--factory", "faulty.py:build", "--json", "report.json")
+    files = ("--json", "report.json", "--html", "report.html")
+    done = command(tmp_path, checkpoint, "--factory", "faulty.py:build", *files)
     assert done.returncode == 1, done.stdout + done.stderr
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["diagnoses"][0]["fault"] == "wrong norm eps"
     assert "layers.0.self_attn" in done.stdout
+    assert "wrong norm eps" in (tmp_path / "report.html").read_text()
 
 
 def test_port_that_cannot_be_built_exits_2(checkpoint, tmp_path):

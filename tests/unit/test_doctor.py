@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import re
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from tests.doctored.written import Model, reference_of
 from vllm_graft.doctor.compare import agreement, divergences, first
+from vllm_graft.doctor.gradients import gradients
+from vllm_graft.doctor.page import page
+from vllm_graft.doctor.report import Report
 from vllm_graft.doctor.sides import Adapted, trace
 
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79], list(range(1, 30))]
@@ -31,3 +36,31 @@ def test_the_first_diverging_spot_has_name_and_both_values():
     found = first(divergences(trace(Adapted(broken), PROMPTS), trace(reference_of(model), PROMPTS)))
     assert (found.role, found.name) == ("layer 1 attention", "layers.1.self_attn")
     assert found.value == pytest.approx(2 * found.expected, rel=1e-4)
+
+
+def test_gradients_of_equal_models_agree_and_a_detached_layer_shows():
+    model = Model()
+    port = copy.deepcopy(model)
+    found = gradients(Adapted(port), reference_of(model), PROMPTS)
+    assert len(found) == 1 + 2 * 9 and all(each.healthy for each in found)
+    assert all(parameter.grad is None for parameter in port.parameters())
+    port.layers[1].mlp.down_proj.register_forward_hook(lambda _, __, output: output.detach())
+    wrong = [e for e in gradients(Adapted(port), reference_of(model), PROMPTS) if not e.healthy]
+    assert "layers.1.mlp.down_proj.weight" in [each.name for each in wrong]
+
+
+def test_the_page_shows_each_spot_and_loads_nothing():
+    model = Model()
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.layers[1].self_attn.o_proj.weight.mul_(2)
+    got, want = trace(Adapted(broken), PROMPTS), trace(reference_of(model), PROMPTS)
+    paths = (agreement("training <forward>", got.logprobs, want.logprobs),)
+    report = Report(paths, tuple(divergences(got, want)), (), (), "original", 1.0)
+    text = page(report, "a & b")
+    svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", text)[0])
+    bars = [bar for bar in svg.iter() if bar.tag.endswith("rect")]
+    assert [bar.get("fill") == "#b00020" for bar in bars] == [False, False, False, True, True]
+    assert "a &amp; b" in text and "training &lt;forward&gt;" in text
+    assert "layers.1.self_attn" in text
+    assert not re.search(r"(src|href)=|@import|url\(", text)

@@ -23,14 +23,25 @@ JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the report here.", rich_help_panel=OUTPUT),
 ]
+HtmlFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--html", metavar="FILE", help="Write a page with a plot here.", rich_help_panel=OUTPUT
+    ),
+]
 
 
 def doctor(
-    checkpoint: Checkpoint, arch: Arch = None, factory: Factory = None, json_file: JsonFile = None
+    checkpoint: Checkpoint,
+    arch: Arch = None,
+    factory: Factory = None,
+    json_file: JsonFile = None,
+    html_file: HtmlFile = None,
 ) -> int:
     """Compare a port with Transformers on every path; 0 healthy, 1 diverges, 2 could not run."""
-    if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise UsageError(f"--json {json_file}: expected a file in a folder that exists")
+    for option, file in (("--json", json_file), ("--html", html_file)):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise UsageError(f"{option} {file}: expected a file in a folder that exists")
     name = register_target(checkpoint, arch, factory)
     with stdout_kept_clean():
         settle_environment(verbose=False)
@@ -40,6 +51,10 @@ def doctor(
     if json_file is not None:
         content = {"healthy": report.healthy, **asdict(report)}
         json_file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+    if html_file is not None:
+        from vllm_graft.doctor.page import page
+
+        html_file.write_text(page(report, f"{checkpoint} ({name})"), encoding="utf-8")
     return 0 if report.healthy else 1
 
 
@@ -67,6 +82,12 @@ def _show(report: Report) -> None:
         screen.print(
             f"First apart at {spot.name} ({spot.role}): {spot.value:.6g}, expected "
             f"{spot.expected:.6g}, token {spot.token}", markup=False,
+        )  # fmt: skip
+    worst = max(report.gradients, key=lambda each: each.error, default=None)
+    if worst is not None:
+        screen.print(
+            f"Gradients of {len(report.gradients)} weights: furthest is {worst.name}, "
+            f"{worst.error:.1e} of its largest value", markup=False,
         )  # fmt: skip
     for diagnosis in report.diagnoses:
         screen.print(f"- {diagnosis}", markup=False)

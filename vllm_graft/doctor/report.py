@@ -12,6 +12,7 @@ import torch
 from vllm_graft.doctor.compare import Agreement, Divergence, agreement, divergences, first
 from vllm_graft.doctor.diagnose import Diagnosis, diagnose
 from vllm_graft.doctor.engine import Rows, paths
+from vllm_graft.doctor.gradients import Gradient, gradients
 from vllm_graft.doctor.sides import Adapted, Prompts, Reference, trace
 from vllm_graft.serve import _vllm_engine
 
@@ -25,13 +26,16 @@ class Report:
 
     paths: tuple[Agreement, ...]
     spots: tuple[Divergence, ...]
+    gradients: tuple[Gradient, ...]
     diagnoses: tuple[Diagnosis, ...]
+    reference: str
     seconds: float
 
     @property
     def healthy(self) -> bool:
-        """Whether every path agrees with the reference."""
-        return all(each.healthy for each in self.paths)
+        """Whether every path and every gradient agrees with the reference."""
+        paths = all(each.healthy for each in self.paths)
+        return paths and all(each.healthy for each in self.gradients)
 
     @property
     def first(self) -> Divergence | None:
@@ -81,9 +85,17 @@ def _examine(
     for path, rows in paths(llm, prompts):
         progress(path)
         found.append(agreement(path, *_both(rows, reference)))
+    progress("gradients")
+    slopes = gradients(adapted, reference, prompts)
     named = [] if found[0].healthy else diagnose(adapted, reference, prompts[:2], config, progress)
-    seconds = time.perf_counter() - start
-    return Report(tuple(found), tuple(divergences(got, want)), tuple(named), seconds)
+    return Report(
+        paths=tuple(found),
+        spots=tuple(divergences(got, want)),
+        gradients=tuple(slopes),
+        diagnoses=tuple(named),
+        reference=reference.kind,
+        seconds=time.perf_counter() - start,
+    )
 
 
 def _prompts(vocab_size: int, longest: int) -> Prompts:

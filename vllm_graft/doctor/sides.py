@@ -83,7 +83,7 @@ def trace(side: Reference | Adapted, prompts: Prompts) -> Trace:
     """Log-probs and the value at every spot, without gradient."""
     found = list(spots(side.module))
     kept: dict[str, list[torch.Tensor]] = {spot.role: [] for spot in found}
-    with torch.no_grad(), _evaluating(side.module), _recording(found, kept):
+    with torch.no_grad(), evaluating(side.module), _recording(found, kept):
         logprobs = side.logits(prompts).log_softmax(-1)
     values = {role: torch.cat(rows) for role, rows in kept.items() if rows}
     return Trace(logprobs, values, {spot.role: spot.name for spot in found})
@@ -106,7 +106,8 @@ def _keep(rows: list[torch.Tensor]) -> Callable[..., None]:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode in the block, for those modules that were training."""
     training = [each for each in module.modules() if each.training]
     module.eval()
     try:

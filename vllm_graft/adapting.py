@@ -43,10 +43,15 @@ def adapt(model_or_factory: Any, config: Any = None) -> VLLMModelForCausalLM:
     return PlainForCausalLM(model)
 
 
-def is_transformers(model: nn.Module) -> bool:
-    """Whether the model has Transformers' switch for attention functions, and no API of ours."""
+def asks_for_adapt(model: nn.Module) -> bool:
+    """Whether a factory returned a model for token ids with nothing of the Custom Model API."""
     if any(hasattr(model, name) for name in _OWN_WAY):
         return False
+    return any(isinstance(module, nn.Embedding) for module in model.modules())
+
+
+def is_transformers(model: nn.Module) -> bool:
+    """Whether the model has Transformers' switch for attention functions."""
     return hasattr(model, "set_attn_implementation") and hasattr(model, "base_model")
 
 
@@ -54,7 +59,7 @@ def call_factory(factory: Any, vllm_config: Any, parallel_context: Any) -> Any:
     """Call a factory with what its signature asks for.
 
     A class with a parameter `vllm_config` gets both arguments by name. A callable with one
-    required parameter of another name gets the Hugging Face config, one with no parameter
+    required parameter of another name gets the Hugging Face config, one that requires none
     gets nothing, and any other one gets both in order.
     """
     if isinstance(factory, type) and issubclass(factory, VLLMModelForCausalLM):
@@ -62,13 +67,15 @@ def call_factory(factory: Any, vllm_config: Any, parallel_context: Any) -> Any:
     parameters = inspect.signature(factory).parameters
     if isinstance(factory, type) and "vllm_config" in parameters:
         return factory(vllm_config=vllm_config, parallel_context=parallel_context)
-    if not parameters:
-        return factory()
-    # Transformers' `from_config` shows nothing but `**kwargs`: it cannot be meant for two.
+    required = _required(parameters.values())
     kinds = {parameter.kind for parameter in parameters.values()}
-    hidden = kinds == {inspect.Parameter.VAR_KEYWORD}
-    if hidden or ("vllm_config" not in parameters and _required(parameters.values()) == 1):
+    open_ended = inspect.Parameter.VAR_POSITIONAL in kinds
+    # Transformers' `from_config` shows nothing but `**kwargs`: it cannot be meant for two.
+    hidden = kinds == {inspect.Parameter.VAR_KEYWORD} and not isinstance(factory, type)
+    if hidden or ("vllm_config" not in parameters and required == 1):
         return factory(vllm_config.model_config.hf_config)
+    if "vllm_config" not in parameters and not required and not open_ended:
+        return factory()
     return factory(vllm_config, parallel_context)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,7 +92,66 @@ class GivenPositions(Rotated):
         return self.lm_head(x)
 
 
-STYLES = (LearnedPositions, SlicedTable, Rotated, GivenPositions)
+class WrittenOut(Attention):
+    """nanoGPT: softmax in the open, under a stored triangle."""
+
+    def __init__(self, softcap=None):
+        super().__init__()
+        self.softcap = softcap
+        self.register_buffer("seen", torch.ones(512, 512).tril().view(1, 1, 512, 512), False)
+        self.attn_dropout = nn.Dropout(0.1)
+
+    def forward(self, x, table=None):
+        b, length, _ = x.shape
+        q, k, v = (
+            y.view(b, length, N, D // N).transpose(1, 2) for y in self.c_attn(x).split(D, -1)
+        )
+        att = (q @ k.transpose(-2, -1)) * (1.0 / math.sqrt(k.size(-1)))
+        if self.softcap is not None:
+            att = self.softcap * torch.tanh(att / self.softcap)
+        att = att.masked_fill(self.seen[:, :, :length, :length] == 0, float("-inf"))
+        att = self.attn_dropout(F.softmax(att, dim=-1))
+        return self.c_proj((att @ v).transpose(1, 2).contiguous().view(b, length, D))
+
+
+class Softmax(LearnedPositions):
+    """Scores, mask, softmax and product written out, with a softcap."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList(WrittenOut(softcap) for softcap in (None, 5.0))
+
+
+class Masked(LearnedPositions):
+    """A mask of the model's own: causal in one layer, a window of 24 in the other."""
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.embed_positions(tokens)
+        i = torch.arange(tokens.shape[1])
+        seen = i[:, None] >= i
+        far = torch.where(i[:, None] - i >= 24, float("-inf"), 0.0)
+        later = torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+        for block, mask in zip(self.h, (seen, far + later), strict=True):
+            block.options = {"attn_mask": mask}
+            x = x + block(x)
+        return self.lm_head(x)
+
+
+class Encoder(LearnedPositions):
+    """`nn.TransformerEncoder` under a causal mask."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(D, N, 2 * D, activation="gelu", batch_first=True)
+        self.h = nn.TransformerEncoder(layer, 2)
+
+    def forward(self, tokens):
+        mask = nn.Transformer.generate_square_subsequent_mask(tokens.shape[1])
+        x = self.wte(tokens) + self.embed_positions(tokens)
+        return self.lm_head(self.h(x, mask=mask, is_causal=True))
+
+
+STYLES = (LearnedPositions, SlicedTable, Rotated, GivenPositions, Softmax, Masked, Encoder)
 
 
 def reference(model, rows):
@@ -122,7 +183,7 @@ def test_served_and_trained_as_the_original(style, tmp_path):
     GPT2Config(**GPT2, architectures=["Plain"]).save_pretrained(tmp_path)
     tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
     save_file(tensors, tmp_path / "model.safetensors")
-    vllm_graft.register("Plain", lambda: vllm_graft.adapt(style()))
+    vllm_graft.register("Plain", style)
     tokens = prompts((5, 40, 130))
     with engine(tmp_path, dtype="float32") as llm:
         completions = generate(llm, tokens, max_tokens=8)
@@ -146,14 +207,70 @@ class Twice(LearnedPositions):
         return self.lm_head(self.h[0](self.h[0](self.wte(tokens))))
 
 
+class Written(LearnedPositions):
+    """One layer whose scores go through `step`."""
+
+    def __init__(self, step):
+        super().__init__()
+        self.step = step
+        self.h = nn.ModuleList([self.Block(step)])
+
+    class Block(WrittenOut):
+        def __init__(self, step):
+            super().__init__()
+            self.step = step
+
+        def forward(self, x):
+            q = x[:, None]
+            return (self.step(q @ q.transpose(-2, -1)) @ q)[:, 0]
+
+
+class Flex(LearnedPositions):
+    class Block(nn.Module):
+        def forward(self, x):
+            from torch.nn.attention.flex_attention import flex_attention
+
+            return flex_attention(x[:, None], x[:, None], x[:, None])[:, 0]
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([self.Block()])
+
+
+class Cross(LearnedPositions):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = nn.MultiheadAttention(D, N, batch_first=True)
+
+        def forward(self, x):
+            return self.attn(x, x + 1, x + 1)[0]
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([self.Block()])
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: LearnedPositions(is_causal=False), r"h\.0: attention is not causal"),
-        (lambda: LearnedPositions(attn_mask=torch.zeros(1)), r"h\.0: attn_mask is given"),
+        (lambda: LearnedPositions(attn_mask=torch.zeros(1)), r"h\.0: its mask shows later"),
+        (lambda: LearnedPositions(attn_mask=torch.ones(1)), r"h\.0: something is added .*bias"),
+        (
+            lambda: LearnedPositions(attn_mask=torch.ones(11, 11).tril(-1).bool()),
+            r"h\.0: its mask is neither causal nor a window",
+        ),
+        (lambda: Written(lambda s: s.softmax(-1)), r"h\.0: attention is not causal"),
+        (lambda: Written(lambda s: s.relu()), r"h\.0: relu of attention scores is not"),
+        (lambda: Written(lambda s: s.softmax(-1) * 2), r"h\.0: .*changed after the softmax"),
+        (lambda: Written(lambda s: s.softmax(-2)), r"h\.0: softmax over dimension -2"),
+        (lambda: Written(lambda s: s.cumsum(-1)), r"h\.0: cumsum of attention scores"),
+        (Flex, r"h\.0: flex_attention is not supported"),
+        (Cross, r"h\.0\.attn: nn.MultiheadAttention with other keys"),
         (Leaking, "packed into one row give other logits"),
         (Twice, r"h\.0: attention runs twice"),
-        (lambda: nn.Sequential(nn.Embedding(V, D)), "never calls scaled_dot_product_attention"),
+        (lambda: nn.Sequential(nn.Embedding(V, D)), "never calls scaled_dot_product_attention or"),
         (lambda: nn.Linear(2, 2), "takes no token ids"),
     ],
 )

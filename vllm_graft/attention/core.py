@@ -7,6 +7,7 @@ K key/value heads, H head dim.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Protocol
 
 import torch
@@ -123,6 +124,19 @@ class CoreAttention(nn.Module):
     def bind(self, layer: PagedLayer) -> None:
         """Use `layer` whenever vLLM runs a forward."""
         self._paged = layer
+
+    def set_window(self, sliding_window: int | None) -> None:
+        """Let queries see so many keys, themselves included; None for all.
+
+        Raises:
+            ValueError: another window than that of the cache it is bound to.
+        """
+        if self._paged is not None and sliding_window != self.spec.sliding_window:
+            raise ValueError(
+                f"sliding_window={sliding_window} for a layer that the engine built with "
+                f"{self.spec.sliding_window}"
+            )
+        self.spec = replace(self.spec, sliding_window=sliding_window)
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy (deepcopy, pickle) is a plain trainable module: one cache has one owner.

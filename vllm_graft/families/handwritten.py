@@ -1,4 +1,4 @@
-"""Hand-written models that map token ids to logits and call `scaled_dot_product_attention`.
+"""Hand-written models that map token ids to logits, served and trained as they are.
 
 The model stays as it is: a forward inside Graft's watch has its attention calls answered by
 `CoreAttention` and its own counting of positions by the running batch's. Outside, the model
@@ -10,14 +10,17 @@ Legend: T tokens, V vocabulary, B sequences, L length.
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Iterable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
-from vllm_graft.families.probe import Calls, Line, SdpaSite, sdpa_site
+from vllm_graft.families.calls import AttentionCall, Site, site_of
+from vllm_graft.families.masks import NotUnderstoodError
+from vllm_graft.families.probe import Calls, Line, refusing_flex
 from vllm_graft.model import VLLMModelForCausalLM
 from vllm_graft.positions import current_batch, packed
 
@@ -44,11 +47,9 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         super().__init__()
         self.model = model
         self.sites = find_sites(model)
-        self._placed = _place_calls(model)
-        self.cores = nn.ModuleList(
-            CoreAttention(s.num_heads, s.num_kv_heads, s.head_dim, scale=s.scale)
-            for s in self.sites
-        )
+        self._placed, self._written = _find_lines(model)
+        self.cores = nn.ModuleList(_core(site) for site in self.sites)
+        self._proven = _LENGTHS[0] if any(site.masked for site in self.sites) else sys.maxsize
         self._try_out()
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -62,21 +63,39 @@ class PlainForCausalLM(VLLMModelForCausalLM):
     ) -> torch.Tensor:
         """Logits `[T, V]` of tokens `[T]`, or `[B, L, V]` of `[B, L]`."""
         rows = input_ids if input_ids.dim() == 2 else input_ids[None]
+        batch = current_batch()
         if positions is None:
-            batch = current_batch()
-            length = torch.arange(rows.shape[1], device=rows.device)
-            positions = length if batch is None else batch.positions.to(rows.device)
+            positions = _count(rows) if batch is None else batch.positions.to(rows.device)
         flat = positions.reshape(-1)[: rows.shape[1]]
+        if self._proven < sys.maxsize and (batch is None or not batch.serving):
+            self.prove(int(flat.max()) + 1)
         queue = iter(self.cores)
 
-        def attend(q: Any, k: Any, v: Any, *_: Any, dropout_p: float = 0.0, **__: Any) -> Any:
+        def attend(call: AttentionCall) -> torch.Tensor:
             core: Any = next(queue)
-            core.dropout = dropout_p
-            return core(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+            core.dropout = call.dropout
+            out: torch.Tensor = core(*(x.transpose(1, 2) for x in (call.q, call.k, call.v)))
+            return out.transpose(1, 2)
 
-        with Calls(rows.shape[1], attend, lambda line: flat if line in self._placed else None):
+        def place(line: Line) -> torch.Tensor | None:
+            return flat if line in self._placed else None
+
+        with Calls(rows.shape[1], attend, place, self._written.__contains__):
             logits = _run(self.model, rows, flat)
         return logits.view(*input_ids.shape, -1)
+
+    def prove(self, length: int) -> None:
+        """Look at the model's masks for samples of up to `length` tokens, and take their windows.
+
+        Raises:
+            ValueError: a mask that is neither causal nor a window, or a window that comes too
+                late, after the engine has made its cache.
+        """
+        if length <= self._proven:
+            return
+        for core, site in zip(self.cores, find_sites(self.model, length), strict=True):
+            cast(CoreAttention, core).set_window(site.sliding_window)
+        self._proven = length
 
     def compute_logits(
         self, hidden_states: torch.Tensor, sampling_metadata: Any = None
@@ -109,54 +128,71 @@ class PlainForCausalLM(VLLMModelForCausalLM):
                 f"{type(self.model).__name__}: two samples packed into one row give other logits "
                 f"than alone, by {difference:.2g} of the largest. Usual causes: positions that are "
                 "counted in a way Graft does not see (pass `positions` to forward), state outside "
-                "attention, attention that is not scaled_dot_product_attention"
+                "attention, attention that Graft does not know"
             )
 
 
+def _core(site: Site) -> CoreAttention:
+    return CoreAttention(
+        site.num_heads,
+        site.num_kv_heads,
+        site.head_dim,
+        scale=site.scale,
+        softcap=site.softcap,
+        sliding_window=site.sliding_window,
+    )
+
+
 @torch.no_grad()
-def find_sites(model: nn.Module) -> list[SdpaSite]:
-    """Run `model` on a few tokens and record its attention calls.
+def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
+    """Run `model` on `length` tokens and record its attention calls.
 
     Raises:
         ValueError: none, two from one module, or one that cannot be served.
     """
     running: list[str] = []
-    sites: list[SdpaSite] = []
+    sites: list[Site] = []
     hooks = []
     for name, module in model.named_modules():
         hooks.append(module.register_forward_pre_hook(lambda *_, n=name: running.append(n)))
         hooks.append(module.register_forward_hook(lambda *_: (running.pop(), None)[1]))
 
-    def attend(*args: Any, **kwargs: Any) -> torch.Tensor:
-        site = sdpa_site(running[-1], *args, **kwargs)
+    def attend(call: AttentionCall) -> torch.Tensor:
+        site = site_of(running[-1], call)
         if any(other.name == site.name for other in sites):
             raise ValueError(f"{site.name}: attention runs twice in one forward")
         sites.append(site)
-        return torch.zeros_like(args[0])
+        return torch.zeros_like(call.q)
 
-    tokens = _tokens(model, _LENGTHS[0])
+    tokens = _tokens(model, length)
     try:
-        with Calls(_LENGTHS[0], attend, lambda _: None):
+        with Calls(length, attend), refusing_flex(lambda: running[-1]):
             _run(model, tokens, _count(tokens))
+    except NotUnderstoodError as error:
+        raise ValueError(f"{running[-1]}: {error}") from None
     finally:
         for hook in hooks:
             hook.remove()
     if not sites:
-        raise ValueError(f"{type(model).__name__} never calls scaled_dot_product_attention")
+        raise ValueError(
+            f"{type(model).__name__} never calls scaled_dot_product_attention or "
+            "nn.MultiheadAttention, and writes out no softmax(q @ k^T) @ v that Graft knows"
+        )
     return sites
 
 
 @torch.no_grad()
-def _place_calls(model: nn.Module) -> set[Line]:
-    """Lines that count the tokens, and nothing else, at every length."""
-    found = []
+def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
+    """Lines that count the tokens and nothing else, and those that multiply queries by keys."""
+    placed, written = [], []
     for length in _LENGTHS:
-        calls = Calls(length, lambda q, *_, **__: torch.zeros_like(q), lambda _: None)
+        calls = Calls(length, lambda call: torch.zeros_like(call.q))
         tokens = _tokens(model, length)
         with calls:
             _run(model, tokens, _count(tokens))
-        found.append(calls.follows - calls.others)
-    return set.intersection(*found)
+        placed.append(calls.follows - calls.others)
+        written.append(calls.products)
+    return set.intersection(*placed), set.intersection(*written)
 
 
 def _run(model: nn.Module, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The calls of a hand-written model that Graft takes over: attention, and its own positions.
 
-Attention calls are known by their order. A call that counts positions is known by its source
-line: Graft's exact layers add calls of their own between a model's.
+Calls that count positions or multiply queries by keys are known by their source line:
+Graft's exact layers add calls of their own between a model's.
 
 Legend: T tokens, B sequences, L length, N query heads, K key/value heads, H head dim.
 """
@@ -9,28 +9,23 @@ Legend: T tokens, B sequences, L length, N query heads, K key/value heads, H hea
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from vllm_graft.families import scores
+from vllm_graft.families.calls import AttentionCall, multi_head, sdpa
+from vllm_graft.families.scores import Scores
+
 Line = tuple[str, int]
 """File and number of a source line."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class SdpaSite:
-    """One call of `scaled_dot_product_attention`."""
-
-    name: str
-    """Qualified name of the module that makes it."""
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    scale: float
+_PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
+             torch.Tensor.bmm)  # fmt: skip
 
 
 class Calls(TorchFunctionMode):
@@ -38,23 +33,28 @@ class Calls(TorchFunctionMode):
 
     Args:
         length: tokens of each row.
-        attend: takes the arguments of `scaled_dot_product_attention`, returns its result.
+        attend: takes each attention call, returns its result `[B, N, L, H]`.
         place: gets the line of each call that may count the tokens, returns the positions
             `[length]` to take instead; None leaves the call alone.
+        writes: whether a line begins attention that is written out, if its product has the
+            shape of scores.
     """
 
     def __init__(
         self,
         length: int,
-        attend: Callable[..., torch.Tensor],
-        place: Callable[[Line], torch.Tensor | None],
+        attend: Callable[[AttentionCall], torch.Tensor],
+        place: Callable[[Line], torch.Tensor | None] = lambda _: None,
+        writes: Callable[[Line], bool] = lambda _: True,
     ) -> None:
         super().__init__()
-        self.length, self.attend, self.place = length, attend, place
+        self.length, self.attend, self.place, self.writes = length, attend, place, writes
         self.follows: set[Line] = set()
         """Lines with a call whose result is as long as the tokens."""
         self.others: set[Line] = set()
         """Lines with one of which that is not so."""
+        self.products: set[Line] = set()
+        """Lines that begin attention that is written out."""
 
     def __torch_function__(
         self,
@@ -65,15 +65,39 @@ class Calls(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
-            return self.attend(*args, **kwargs)
-        if func not in (torch.arange, torch.Tensor.__getitem__):
-            return func(*args, **kwargs)
+            return self.attend(sdpa(*args, **kwargs))
+        if func is F.multi_head_attention_forward:
+            return multi_head(self.attend, *args, **kwargs)
+        if func in _PRODUCTS and len(args) == 2:
+            return self._product(func, args, kwargs)
+        if any(isinstance(x, Scores) for x in args):
+            return scores.change(func, args, kwargs)
         result = func(*args, **kwargs)
-        caller = sys._getframe(1)
-        line = caller.f_code.co_filename, caller.f_lineno
         if func is torch.arange:
-            return self._arange(line, result)
-        return self._slice(line, args[0], args[1], result)
+            return self._arange(_caller(), result)
+        if func is torch.Tensor.__getitem__:
+            return self._slice(_caller(), args[0], args[1], result)
+        return result
+
+    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        left, right = args
+        if isinstance(left, Scores):
+            call = replace(scores.weights(left), v=right)
+            if left.dim() == 4:
+                return self.attend(call)
+            # `[B, L, H]`, one head that has a module of its own.
+            q, k, v = (x.unsqueeze(1) for x in (call.q, call.k, right))
+            return self.attend(replace(call, q=q, k=k, v=v)).squeeze(1)
+        line = _caller()
+        if self._shaped_as_scores(left, right) and self.writes(line):
+            self.products.add(line)
+            return scores.begin(left, right.transpose(-2, -1))
+        return func(*args, **kwargs)
+
+    def _shaped_as_scores(self, left: torch.Tensor, right: torch.Tensor) -> bool:
+        if isinstance(right, torch.nn.Parameter) or not left.dim() == right.dim() in (3, 4):
+            return False
+        return left.shape[-2] == right.shape[-1] == self.length
 
     def _arange(self, line: Line, result: torch.Tensor) -> torch.Tensor:
         at = self.place(line)
@@ -101,6 +125,37 @@ class Calls(TorchFunctionMode):
         return result
 
 
+@contextmanager
+def refusing_flex(place: Callable[[], str]) -> Iterator[None]:
+    """Raise for calls of `flex_attention` in the block, by whatever name a model imported it.
+
+    Raises:
+        ValueError: with the module that `place` names.
+    """
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def look(frame: Any, event: str, _: Any) -> None:
+        if event == "call" and frame.f_code is flex_attention.__code__:
+            raise ValueError(
+                f"{place()}: flex_attention is not supported; call scaled_dot_product_attention "
+                "with is_causal=True"
+            )
+
+    before = sys.getprofile()
+    sys.setprofile(look)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+
+
+def _caller() -> Line:
+    frame: Any = sys._getframe(1)
+    while frame.f_code.co_filename == __file__:
+        frame = frame.f_back
+    return frame.f_code.co_filename, frame.f_lineno
+
+
 def _first(part: Any, length: int) -> bool:
     start = (None, 0)
     return (
@@ -109,38 +164,4 @@ def _first(part: Any, length: int) -> bool:
         and part.step is None
         and isinstance(part.stop, int)
         and part.stop == length
-    )
-
-
-def sdpa_site(
-    name: str,
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    attn_mask: torch.Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> SdpaSite:
-    """What one call asks for.
-
-    Raises:
-        ValueError: with `name`: a mask, attention that is not causal, or other shapes than
-            `[1, N, L, H]`.
-    """
-    if attn_mask is not None:
-        raise ValueError(f"{name}: attn_mask is given; what it hides in longer samples is not "
-                         "known. Pass is_causal=True and no mask")  # fmt: skip
-    if not is_causal:
-        raise ValueError(f"{name}: attention is not causal; it cannot be served from a KV cache")
-    if q.dim() != 4 or k.shape != v.shape or k.shape[2] != q.shape[2]:
-        shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)
-        raise ValueError(f"{name}: expected q [B, N, L, H] and k, v [B, K, L, H], got {shapes}")
-    return SdpaSite(
-        name=name,
-        num_heads=q.shape[1],
-        num_kv_heads=k.shape[1],
-        head_dim=q.shape[3],
-        scale=q.shape[3] ** -0.5 if scale is None else float(scale),
     )

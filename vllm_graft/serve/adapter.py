@@ -13,9 +13,10 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from vllm_graft import products
-from vllm_graft.adapting import adapt, call_factory, is_transformers
+from vllm_graft.adapting import adapt, asks_for_adapt, call_factory
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
+from vllm_graft.families.handwritten import PlainForCausalLM
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm, _vllm_pp
@@ -199,8 +200,10 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     context = ParallelContext.from_config(vllm_config.parallel_config)
     with parameters_as(vllm_config.model_config.dtype):
         model: Any = call_factory(factory, vllm_config, context)
-    if isinstance(model, nn.Module) and is_transformers(model):
+    if isinstance(model, nn.Module) and asks_for_adapt(model):
         model = adapt(model.eval())
+    if isinstance(model, PlainForCausalLM):
+        model.prove(vllm_config.model_config.max_model_len)
     _check_model(arch, model)
     _check_ranks_supported(arch, model, context)
     _check_stages_supported(arch, model, context)

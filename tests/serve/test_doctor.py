@@ -47,6 +47,7 @@ def test_healthy_port_exits_0_and_every_path_was_compared(checkpoint, tmp_path):
     assert [(each["path"], each["tokens"]) for each in report["paths"]] == [
         ("training forward", 195), ("prefill", 195), ("chunked prefill", 195),
         ("prefix cache, 128 tokens", 3), ("decode", 24), ("mixed batch", 24),
+        ("after a weight update", 195), ("after export and reload", 195),
     ]  # fmt: skip
 
 

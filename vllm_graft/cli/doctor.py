@@ -59,7 +59,7 @@ def doctor(
 
 
 def _run(checkpoint: str, name: str) -> Report:
-    from vllm_graft.doctor.report import doctor as examine
+    from vllm_graft.doctor.run import doctor as examine
 
     screen = Console(stderr=True, highlight=False)
     try:

@@ -34,9 +34,9 @@ def paths(llm: Any, prompts: Prompts) -> Iterator[tuple[str, list[Rows]]]:
     """Run the prompts on every path of a `TrainableLLM` made with `max_logprobs=-1`."""
     core = _vllm_engine.core_of(llm.llm_engine)
     _vllm_engine.forget_cached(core)
-    yield "prefill", _run(llm, prompts, prompt_logprobs=-1)
+    yield "prefill", prefill(llm, prompts)
     with _vllm_engine.token_budget(core, _BUDGET):
-        chunked = _run(llm, prompts, prompt_logprobs=-1)
+        chunked = prefill(llm, prompts)
     yield "chunked prefill", chunked
     _vllm_engine.forget_cached(core)
     _run(llm, prompts)
@@ -45,6 +45,11 @@ def paths(llm: Any, prompts: Prompts) -> Iterator[tuple[str, list[Rows]]]:
     yield "decode", _run(llm, prompts, max_tokens=_NEW)
     _vllm_engine.forget_cached(core)
     yield "mixed batch", _run(llm, prompts, one_a_step=True, max_tokens=_NEW)
+
+
+def prefill(llm: Any, prompts: Prompts) -> list[Rows]:
+    """Run the prompts at once; a row for every token of theirs."""
+    return _run(llm, prompts, prompt_logprobs=-1)
 
 
 def _run(llm: Any, prompts: Prompts, *, one_a_step: bool = False, **options: Any) -> list[Rows]:

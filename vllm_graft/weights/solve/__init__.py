@@ -1,0 +1,1 @@
+"""Proposing how a checkpoint's tensors become a model's parameters."""

@@ -28,6 +28,9 @@ _HOME = {
     "load_external_weights": "vllm_graft.weights.load",
     "export_weights": "vllm_graft.weights.export",
     "LoadReport": "vllm_graft.weights.account",
+    "WeightPlan": "vllm_graft.weights.solve.plan",
+    "load_weight_plan": "vllm_graft.weights.solve.plan",
+    "solve_weight_plan": "vllm_graft.weights.solve.solver",
     "RowOrder": "vllm_graft.weights.rows",
     "Rows": "vllm_graft.weights.rows",
     "interleave_rope_rows": "vllm_graft.weights.rows",
@@ -90,3 +93,6 @@ if TYPE_CHECKING:
     from vllm_graft.weights.rows import RowOrder as RowOrder
     from vllm_graft.weights.rows import Rows as Rows
     from vllm_graft.weights.rows import interleave_rope_rows as interleave_rope_rows
+    from vllm_graft.weights.solve.plan import WeightPlan as WeightPlan
+    from vllm_graft.weights.solve.plan import load_weight_plan as load_weight_plan
+    from vllm_graft.weights.solve.solver import solve_weight_plan as solve_weight_plan

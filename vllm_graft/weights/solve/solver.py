@@ -2,43 +2,102 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import nn
 
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.solve.checkpoint import Checkpoint, Source
-from vllm_graft.weights.solve.groups import groups_of
+from vllm_graft.weights.solve.groups import Group, groups_of
+from vllm_graft.weights.solve.layouts import Heads
 from vllm_graft.weights.solve.line import Line
+from vllm_graft.weights.solve.pieces import Piece, pieces_of
 from vllm_graft.weights.solve.plan import WeightPlan
-from vllm_graft.weights.solve.roles import roles_of
 from vllm_graft.weights.solve.rope import checkpoint_rope, model_rope
 
 
-def solve_weight_plan(model: nn.Module, checkpoint: Source) -> WeightPlan:
-    """Propose how a checkpoint loads into `model`, by names and shapes: renames only.
+def solve_weight_plan(
+    model: nn.Module, checkpoint: Source, config: Mapping[str, Any] | None = None
+) -> WeightPlan:
+    """Propose how a checkpoint loads into `model`, from names, shapes and the config.
+
+    Args:
+        model: the module that gets the weights; on meta will do.
+        checkpoint: a folder with `config.json` and safetensors, or names to tensors.
+        config: of the checkpoint, as in `config.json`; that of the folder by default.
 
     Raises:
         WeightError: whatever names and shapes do not decide, or is left over on either side.
     """
-    given = Checkpoint(checkpoint, None)
+    given = Checkpoint(checkpoint, config)
     sources = groups_of({name: shape for name, (shape, _) in given.tensors.items()})
-    targets = groups_of({name: tuple(p.shape) for name, p in model.named_parameters()})
-    ours = {role: group for role, group in roles_of(targets).items()}
-    theirs = roles_of(sources)
+    state = model.state_dict(keep_vars=True)
+    targets = groups_of({name: tuple(tensor.shape) for name, tensor in state.items()})
+    heads = Heads.of(given.config)
+    theirs, ours = pieces_of(sources, heads), pieces_of(targets, heads)
     pairs = [
-        (theirs[role], ours[role])
+        (theirs[role], target, line)
         for role in theirs.keys() & ours.keys()
-        if (theirs[role].shape, theirs[role].numbers) == (ours[role].shape, ours[role].numbers)
+        for line in [_line(theirs[role], target := ours[role])]
+        if line is not None
     ]
-    left = [g.pattern for g in sources if g not in [pair[0] for pair in pairs]]
-    open_ = [g.pattern for g in targets if g not in [pair[1] for pair in pairs]]
-    if left or open_:
-        raise WeightError(f"no plan: checkpoint tensors {left}, model parameters {open_} stay open")
-    rope = checkpoint_rope(given.config), model_rope(model)
-    if None in rope or rope[0] != rope[1]:
-        raise WeightError(f"RoPE order of the checkpoint and of the model: {rope}; not one order")
-    order = {group: at for at, group in enumerate(sources)}
-    lines = [
-        Line(s.pattern, t.pattern, "names")
-        for s, t in sorted(pairs, key=lambda pair: order[pair[0]])
-    ]
+    _check_used(sources, [(source, line.take) for source, _, line in pairs], "checkpoint tensor")
+    _check_used(_wanted(model, targets), [(t, line.put) for _, t, line in pairs], "parameter")
+    _check_rope(given.config, model)
+    order = {group.pattern: at for at, group in enumerate(sources)}
+    lines = sorted(
+        (line for *_, line in pairs), key=lambda line: (order[line.tensor], line.put or ())
+    )
     return WeightPlan(tuple(lines))
+
+
+def _line(source: Piece, target: Piece) -> Line | None:
+    """The line for two pieces of one role; None: their shapes or numbers differ."""
+    theirs, ours, name = source.group, target.group, target.group.pattern
+    if source.shape != target.shape or theirs.numbers != ours.numbers:
+        size = ours.shape[0] if ours.shape else 0
+        experts = {(*n, str(row)) for n in ours.numbers for row in range(size)}
+        if (
+            source.rows
+            or target.rows
+            or ours.shape[1:] != source.shape
+            or theirs.numbers != experts
+        ):
+            return None
+        name += "[{}]"
+    return Line(theirs.pattern, name, "names", take=source.rows, put=target.rows)
+
+
+def _wanted(model: nn.Module, targets: list[Group]) -> list[Group]:
+    """Groups with a parameter in them that no earlier name already stands for."""
+    parameters = {name for name, _ in model.named_parameters()}
+    return [group for group in targets if parameters & {*group.names()}]
+
+
+def _check_used(
+    groups: list[Group], used: list[tuple[Piece, tuple[int, ...] | None]], what: str
+) -> None:
+    """Every group, and every row of it, is used once."""
+    wrong = []
+    for group in groups:
+        rows = [rows for piece, rows in used if piece.group == group]
+        listed = [row for part in rows if part is not None for row in part]
+        if rows != [None] and sorted(listed) != list(range(group.shape[0] if group.shape else 0)):
+            wrong.append(
+                f"{what} {group.pattern!r} {list(group.shape)}, {len(group.numbers)} of it"
+            )
+    if wrong:
+        raise WeightError(
+            "no plan: names and shapes leave open:\n  " + "\n  ".join(wrong) + "\n"
+            "write the mapping by hand, for load_external_weights"
+        )
+
+
+def _check_rope(config: Mapping[str, Any], model: nn.Module) -> None:
+    found = checkpoint_rope(dict(config)), model_rope(model)
+    if None in found or found[0] != found[1]:
+        raise WeightError(
+            f"no plan: RoPE rows of the checkpoint are in order {found[0]}, those of the model in "
+            f"{found[1]} (None: unknown); only equal, known orders are mapped"
+        )

@@ -1,0 +1,88 @@
+"""Solved plans load what the hand-written mappings load; what is not decided is an error."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from examples.custom_models.deepseek_v3_torchtitan import build_deepseek_v3_torchtitan
+from examples.custom_models.megatron_gpt import build_megatron_model
+from examples.custom_models.qwen3_torchtitan import build_qwen3_torchtitan
+from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint, qwen2_checkpoint
+from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
+from tests.support import qwen3_checkpoint
+from vllm_graft import WeightError, load_weight_plan, solve_weight_plan
+
+CASES = {
+    "titan_qwen3": (qwen3_checkpoint, build_qwen3_torchtitan),
+    "titan_qwen3_moe": (qwen3_moe_checkpoint, build_qwen3_torchtitan),
+    "titan_deepseek_v3": (deepseek_v3_checkpoint, build_deepseek_v3_torchtitan),
+    "megatron_qwen3": (qwen3_checkpoint, build_megatron_model),
+    "megatron_llama": (llama_checkpoint, build_megatron_model),
+    "megatron_qwen2": (qwen2_checkpoint, build_megatron_model),
+    "megatron_deepseek": (deepseek_checkpoint, build_megatron_model),
+}
+
+
+def built(build, folder):
+    """The wrapper, every parameter NaN: what a plan leaves out is seen."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder)
+    made = SimpleNamespace(max_model_len=64, dtype=torch.float32)
+    wrapper = build(SimpleNamespace(hf_config=config, model_config=made), None)
+    for parameter in wrapper.parameters():
+        torch.nn.init.constant_(parameter, float("nan"))
+    return wrapper
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_solved_plan_loads_what_the_hand_written_mapping_loads(case, tmp_path):
+    make, build = CASES[case]
+    checkpoint = make(tmp_path / "checkpoint")
+    tensors = load_file(checkpoint / "model.safetensors")
+    by_hand, solved = built(build, checkpoint), built(build, checkpoint)
+    by_hand.load_weights(tensors.items())
+    solve_weight_plan(solved.model, checkpoint).save(tmp_path / "plan.json")
+    load_weight_plan(tmp_path / "plan.json").load(solved.model, tensors.items())
+    want = by_hand.model.state_dict()
+    for name, tensor in solved.model.state_dict().items():
+        if isinstance(tensor, torch.Tensor):
+            assert torch.equal(tensor, want[name]), name
+
+
+def swapped(tensors):
+    first, second = (f"model.layers.{n}.mlp.down_proj.weight" for n in (0, 1))
+    tensors[first.replace("down", "side")] = tensors.pop(second)
+
+
+FAULTS = {
+    "missing": lambda t: t.pop("model.norm.weight"),
+    "one layer's missing": lambda t: t.pop("model.layers.1.self_attn.k_proj.weight"),
+    "surplus": lambda t: t.update({"model.extra.weight": torch.zeros(3)}),
+    "shape": lambda t: t.update({"model.norm.weight": torch.zeros(7)}),
+    "name": swapped,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("build", [build_qwen3_torchtitan, build_megatron_model])
+def test_a_wrong_checkpoint_gets_no_plan(fault, build, tmp_path):
+    from transformers import AutoConfig
+
+    checkpoint = qwen3_checkpoint(tmp_path)
+    tensors = load_file(checkpoint / "model.safetensors")
+    FAULTS[fault](tensors)
+    config = AutoConfig.from_pretrained(checkpoint).to_dict()
+    with pytest.raises(WeightError, match="no plan"):
+        solve_weight_plan(built(build, checkpoint).model, tensors, config)
+
+
+def test_rope_of_another_order_gets_no_plan(tmp_path):
+    checkpoint = deepseek_v3_checkpoint(tmp_path, rope_interleave=False)
+    model = built(build_deepseek_v3_torchtitan, checkpoint).model
+    with pytest.raises(WeightError, match="halves.*pairs"):
+        solve_weight_plan(model, checkpoint)

@@ -36,12 +36,11 @@ def solve_weight_plan(
     targets = groups_of({name: tuple(tensor.shape) for name, tensor in state.items()})
     heads = Heads.of(given.config)
     theirs, ours = pieces_of(sources, heads), pieces_of(targets, heads)
-    pairs = [
-        (theirs[role], target, line)
-        for role in theirs.keys() & ours.keys()
-        for line in [_line(theirs[role], target := ours[role])]
-        if line is not None
-    ]
+    pairs: list[tuple[Piece, Piece, Line]] = []
+    for role in theirs.keys() & ours.keys():
+        line = _line(theirs[role], ours[role])
+        if line is not None:
+            pairs.append((theirs[role], ours[role], line))
     _check_used(sources, [(source, line.take) for source, _, line in pairs], "checkpoint tensor")
     _check_used(_wanted(model, targets), [(t, line.put) for _, t, line in pairs], "parameter")
     _check_rope(given.config, model)

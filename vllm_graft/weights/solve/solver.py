@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from vllm_graft.weights.errors import WeightError
@@ -32,8 +33,7 @@ def solve_weight_plan(
     """
     given = Checkpoint(checkpoint, config)
     sources = groups_of({name: shape for name, (shape, _) in given.tensors.items()})
-    state = model.state_dict(keep_vars=True)
-    targets = groups_of({name: tuple(tensor.shape) for name, tensor in state.items()})
+    targets = groups_of(_shapes(model))
     heads = Heads.of(given.config)
     theirs, ours = pieces_of(sources, heads), pieces_of(targets, heads)
     pairs: list[tuple[Piece, Piece, Line]] = []
@@ -49,6 +49,12 @@ def solve_weight_plan(
         (line for *_, line in pairs), key=lambda line: (order[line.tensor], line.put or ())
     )
     return WeightPlan(tuple(lines))
+
+
+def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Of what a checkpoint may fill; Megatron's extra state is no tensor."""
+    state = model.state_dict(keep_vars=True).items()
+    return {name: tuple(value.shape) for name, value in state if isinstance(value, torch.Tensor)}
 
 
 def _line(source: Piece, target: Piece) -> Line | None:

@@ -95,7 +95,8 @@ class WeightPlan:
         """One line of text for each line of the plan."""
         lines = ",\n".join(f"    {json.dumps(line.to_json())}" for line in self.lines)
         checked = json.dumps(self.checked)
-        return f'{{\n  "version": {_VERSION},\n  "checked": {checked},\n  "lines": [\n{lines}\n  ]\n}}\n'
+        head = f'"version": {_VERSION},\n  "checked": {checked}'
+        return f'{{\n  {head},\n  "lines": [\n{lines}\n  ]\n}}\n'
 
     @cached_property
     def _cut(self) -> dict[str, list[tuple[str, Line]]]:

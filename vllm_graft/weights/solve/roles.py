@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 from vllm_graft.weights.solve.groups import Group
@@ -22,7 +23,9 @@ _ROLES = {
     "norm.attn_in": (
         r".*\{\}\.(?:input_layernorm|attention_norm|attn_norm|ln_1|ln1|pre_attention_\w*norm)"
     ),
-    "norm.mlp_in": r".*\{\}\.(?:ffn_norm|mlp_norm|ln_2|ln2|pre_mlp_\w*norm|pre_feedforward_\w*norm)",
+    "norm.mlp_in": (
+        r".*\{\}\.(?:ffn_norm|mlp_norm|ln_2|ln2|pre_mlp_\w*norm|pre_feedforward_\w*norm)"
+    ),
     "norm.after": r".*\{\}\.post_attention_(?:layernorm|norm)",
     "norm.attn_out": r".*\{\}\.(?:post_attn_norm|attn_post_norm|attention_post_norm)",
     "norm.mlp_out": r".*\{\}\.(?:post_feedforward_\w*norm|post_ffn_norm|post_mlp_\w*norm)",
@@ -57,9 +60,12 @@ _PATTERNS = {role: re.compile(text) for role, text in _ROLES.items()}
 def roles_of(groups: list[Group]) -> dict[tuple[str, str], Group]:
     """Groups by role and kind (weight or bias); what no word, or two groups claim, is left out."""
     found: dict[tuple[str, str], list[Group]] = {}
-    patterns = [group.pattern for group in groups]
-    for group in groups:
-        role = _role(group.pattern, patterns)
+    # What all names begin with, a wrapper's attribute say, tells nothing.
+    paths = [group.pattern.split(".") for group in groups]
+    shared = len(os.path.commonprefix([path[:-2] for path in paths]))
+    patterns = [".".join(path[shared:]) for path in paths]
+    for group, pattern in zip(groups, patterns, strict=True):
+        role = _role(pattern, patterns)
         if role is not None:
             found.setdefault(role, []).append(group)
     return {role: claims[0] for role, claims in found.items() if len(claims) == 1}

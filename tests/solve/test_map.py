@@ -16,6 +16,7 @@ from vllm_graft.cli.main import main
 def folder(tmp_path, monkeypatch):
     """A checkpoint, and the documentation's factory beside it."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
     qwen3_checkpoint(tmp_path / "checkpoint")
     for block in blocks(ROOT / "docs/mapping.md"):
         if block.title is not None:

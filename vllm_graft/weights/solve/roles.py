@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 from vllm_graft.weights.solve.groups import Group
@@ -15,9 +14,9 @@ _ROLES = {
         r"|token_embeddings?|embed|embedding|embeddings)"
     ),
     "positions": r"(?:.*\.)?(?:wpe|position_embeddings?|pos_embed\w*|pos_emb)",
-    "head": r"(?:lm_head|output|output_layer|embed_out|head|unembed)",
+    "head": r"(?:\w+\.)*(?:lm_head|output|output_layer|embed_out|head|unembed)",
     "final_norm": (
-        r"(?:(?:model|transformer|decoder|gpt_neox)\.)?"
+        r"(?:\w+\.)*"
         r"(?:norm|ln_f|norm_f|final_norm|final_layer_?norm|ln_final)"
     ),
     "norm.attn_in": (
@@ -60,12 +59,9 @@ _PATTERNS = {role: re.compile(text) for role, text in _ROLES.items()}
 def roles_of(groups: list[Group]) -> dict[tuple[str, str], Group]:
     """Groups by role and kind (weight or bias); what no word, or two groups claim, is left out."""
     found: dict[tuple[str, str], list[Group]] = {}
-    # What all names begin with, a wrapper's attribute say, tells nothing.
-    paths = [group.pattern.split(".") for group in groups]
-    shared = len(os.path.commonprefix([path[:-2] for path in paths]))
-    patterns = [".".join(path[shared:]) for path in paths]
-    for group, pattern in zip(groups, patterns, strict=True):
-        role = _role(pattern, patterns)
+    patterns = [group.pattern for group in groups]
+    for group in groups:
+        role = _role(group.pattern, patterns)
         if role is not None:
             found.setdefault(role, []).append(group)
     return {role: claims[0] for role, claims in found.items() if len(claims) == 1}

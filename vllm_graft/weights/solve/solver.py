@@ -41,8 +41,15 @@ def solve_weight_plan(
         line = _line(theirs[role], ours[role])
         if line is not None:
             pairs.append((theirs[role], ours[role], line))
-    _check_used(sources, [(source, line.take) for source, _, line in pairs], "checkpoint tensor")
-    _check_used(_wanted(model, targets), [(t, line.put) for _, t, line in pairs], "parameter")
+    used = [(source, line.take) for source, _, line in pairs]
+    filled = [(target, line.put) for _, target, line in pairs]
+    wrong = _open(sources, used, "checkpoint tensor")
+    wrong += _open(_wanted(model, targets), filled, "parameter")
+    if wrong:
+        raise WeightError(
+            "no plan: names and shapes leave open:\n  " + "\n  ".join(wrong) + "\n"
+            "write the mapping by hand, for load_external_weights"
+        )
     _check_rope(given.config, model)
     order = {group.pattern: at for at, group in enumerate(sources)}
     lines = sorted(
@@ -80,10 +87,10 @@ def _wanted(model: nn.Module, targets: list[Group]) -> list[Group]:
     return [group for group in targets if parameters & {*group.names()}]
 
 
-def _check_used(
+def _open(
     groups: list[Group], used: list[tuple[Piece, tuple[int, ...] | None]], what: str
-) -> None:
-    """Every group, and every row of it, is used once."""
+) -> list[str]:
+    """A text for every group of which not every row is used once."""
     wrong = []
     for group in groups:
         rows = [rows for piece, rows in used if piece.group == group]
@@ -92,11 +99,7 @@ def _check_used(
             wrong.append(
                 f"{what} {group.pattern!r} {list(group.shape)}, {len(group.numbers)} of it"
             )
-    if wrong:
-        raise WeightError(
-            "no plan: names and shapes leave open:\n  " + "\n  ".join(wrong) + "\n"
-            "write the mapping by hand, for load_external_weights"
-        )
+    return wrong
 
 
 def _check_rope(config: Mapping[str, Any], model: nn.Module) -> None:

@@ -27,6 +27,11 @@ class Heads:
     dim: int
     rotated: int
 
+    @property
+    def rows(self) -> int:
+        """Of queries, keys and values together."""
+        return (self.queries + 2 * self.groups) * self.dim
+
     @classmethod
     def of(cls, config: dict[str, Any]) -> Heads | None:
         """Those of a Hugging Face config; None: it does not say."""
@@ -54,7 +59,7 @@ def layouts(role: str, pattern: str, rows: int, heads: Heads | None) -> dict[str
         by_turns = {p: tuple(range(at, rows, 2)) for at, p in enumerate(parts)}
         named = role == "gate_up" or role == "shared.gate_up"
         return {"gate, then up": in_order} | ({} if named else {"gate and up by turns": by_turns})
-    if heads is None or rows != (heads.queries + 2 * heads.groups) * heads.dim:
+    if heads is None or rows != heads.rows:
         raise WeightError(
             f"{pattern!r} has {rows} rows of queries, keys and values, which {heads} does not "
             "explain; give the config of the checkpoint"

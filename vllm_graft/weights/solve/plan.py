@@ -73,6 +73,10 @@ class WeightPlan:
             for piece, line in self._cut[pattern]:
                 yield from _pieces(name, piece.removeprefix(line.source), line, tensor)
 
+    def cuts(self, name: str) -> bool:
+        """Whether checkpoint tensor `name` is taken apart or transposed."""
+        return NameMap({tensor: tensor for tensor in self._cut})(name) is not None
+
     def load(self, model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> LoadReport:
         """Load a checkpoint by this plan.
 

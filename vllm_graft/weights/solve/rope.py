@@ -7,9 +7,13 @@ from typing import Any
 
 from torch import nn
 
+from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.solve.layouts import Heads
+
 HALVES, PAIRS = "halves", "pairs"
 """Row j with row j + half of the head's RoPE rows; or rows 2j and 2j + 1."""
 _ADJACENT = {"cohere", "cohere2", "codegen", "ernie4_5", "glm", "glm4", "gptj", "helium"}
+_ROLES, _LATENT_ROLES = ("q", "k", "q_norm", "k_norm"), ("q", "q_b", "kv_a")
 _LATENT = {"deepseek_v2", "deepseek_v3"}
 _SPLIT = {
     "falcon", "gemma", "gemma2", "gemma3", "gemma3_text", "gpt_neox", "gpt_oss", "granite",
@@ -60,6 +64,41 @@ def checkpoint_rope(config: dict[str, Any]) -> str | None:
     if kind in _LATENT:
         return PAIRS if config.get("rope_interleave", True) else HALVES
     return HALVES if kind in _SPLIT else None
+
+
+def orders(config: dict[str, Any], model: nn.Module) -> list[str | None]:
+    """The orders that rows may have to be put into; None: they stay."""
+    theirs, ours = checkpoint_rope(config), model_rope(model)
+    if theirs is not None and ours is not None:
+        return [None if theirs == ours else ours]
+    if theirs is None and ours is None:
+        return [None, HALVES, PAIRS]
+    return [None, ours or (PAIRS if theirs == HALVES else HALVES)]
+
+
+def turned(
+    role: str,
+    shape: tuple[int, ...],
+    order: str | None,
+    heads: Heads | None,
+    config: dict[str, Any],
+) -> Rope | None:
+    """How the rows of a role are put into `order`; None: they stay.
+
+    Raises:
+        WeightError: the config does not say what the heads are.
+    """
+    latent = config.get("qk_rope_head_dim")
+    if order is None or role not in (_LATENT_ROLES if latent else _ROLES):
+        return None
+    if latent and role == "kv_a":
+        return Rope(order, 1, config["kv_lora_rank"], latent, 0)
+    if latent:
+        before = config["qk_nope_head_dim"]
+        return Rope(order, shape[0] // (before + latent), before, latent, 0)
+    if heads is None:
+        raise WeightError("no plan: the config has no head counts, which RoPE rows need")
+    return Rope(order, shape[0] // heads.dim, 0, heads.rotated, heads.dim - heads.rotated)
 
 
 def model_rope(model: nn.Module) -> str | None:

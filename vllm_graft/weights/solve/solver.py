@@ -1,61 +1,63 @@
-"""`solve_weight_plan`: roles of both sides brought together; what stays open is an error."""
+"""`solve_weight_plan`: the one plan that is possible; what stays open is an error."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.fp8 import SUFFIX
+from vllm_graft.weights.solve.candidates import Sides, candidates
 from vllm_graft.weights.solve.checkpoint import Checkpoint, Source
-from vllm_graft.weights.solve.groups import Group, groups_of
-from vllm_graft.weights.solve.layouts import Heads
-from vllm_graft.weights.solve.line import Line
-from vllm_graft.weights.solve.pieces import Piece, pieces_of
+from vllm_graft.weights.solve.groups import groups_of
 from vllm_graft.weights.solve.plan import WeightPlan
-from vllm_graft.weights.solve.rope import checkpoint_rope, model_rope
+from vllm_graft.weights.solve.roles import roles_of
+from vllm_graft.weights.solve.settle import Reference, settle
+from vllm_graft.weights.solve.waived import needed, waived
 
 
 def solve_weight_plan(
-    model: nn.Module, checkpoint: Source, config: Mapping[str, Any] | None = None
+    model: nn.Module,
+    checkpoint: Source,
+    config: Mapping[str, Any] | None = None,
+    reference: Reference | None = None,
 ) -> WeightPlan:
     """Propose how a checkpoint loads into `model`, from names, shapes and the config.
 
     Args:
-        model: the module that gets the weights; on meta will do.
+        model: the module that gets the weights; on meta will do without a reference.
         checkpoint: a folder with `config.json` and safetensors, or names to tensors.
         config: of the checkpoint, as in `config.json`; that of the folder by default.
+        reference: maps token ids `[B, L]` to logits `[B, L, V]` (or an object with
+            `logits`), the right ones for this checkpoint. `model` must do the same, in
+            float32. Candidates are loaded into `model` and run; it keeps those of the plan.
 
     Raises:
-        WeightError: whatever names and shapes do not decide, or is left over on either side.
+        WeightError: nothing or more than one plan is possible, by names, shapes and config
+            or by the reference's logits; what is left over on either side.
     """
     given = Checkpoint(checkpoint, config)
-    sources = groups_of({name: shape for name, (shape, _) in given.tensors.items()})
+    away = waived({name: shape for name, (shape, _) in given.tensors.items()}, given.config)
     targets = groups_of(_shapes(model))
-    heads = Heads.of(given.config)
-    theirs, ours = pieces_of(sources, heads), pieces_of(targets, heads)
-    pairs: list[tuple[Piece, Piece, Line]] = []
-    for role in theirs.keys() & ours.keys():
-        line = _line(theirs[role], ours[role])
-        if line is not None:
-            pairs.append((theirs[role], ours[role], line))
-    used = [(source, line.take) for source, _, line in pairs]
-    filled = [(target, line.put) for _, target, line in pairs]
-    wrong = _open(sources, used, "checkpoint tensor")
-    wrong += _open(_wanted(model, targets), filled, "parameter")
-    if wrong:
-        raise WeightError(
-            "no plan: names and shapes leave open:\n  " + "\n  ".join(wrong) + "\n"
-            "write the mapping by hand, for load_external_weights"
-        )
-    _check_rope(given.config, model)
-    order = {group.pattern: at for at, group in enumerate(sources)}
-    lines = sorted(
-        (line for *_, line in pairs), key=lambda line: (order[line.tensor], line.put or ())
+    parameters = {name for name, _ in model.named_parameters()}
+    sides = Sides(
+        sources=groups_of(needed(given.tensors, away)),
+        targets=targets,
+        wanted=[group for group in targets if parameters & {*group.names()}],
+        config=given.config,
+        model=model,
     )
-    return WeightPlan(tuple(lines))
+    found = candidates(sides)
+    for candidate in found:
+        _check_scales(WeightPlan(candidate.lines), given)
+    embed = roles_of(targets).get(("embed", "weight"))
+    vocabulary = embed.shape[0] if embed else int(given.config.get("vocab_size", 1))
+    plan_lines = [replace(c, lines=(*away, *c.lines)) for c in found]
+    return settle(model, given, plan_lines, reference, vocabulary)
 
 
 def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -64,48 +66,11 @@ def _shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state if isinstance(value, torch.Tensor)}
 
 
-def _line(source: Piece, target: Piece) -> Line | None:
-    """The line for two pieces of one role; None: their shapes or numbers differ."""
-    theirs, ours, name = source.group, target.group, target.group.pattern
-    if source.shape != target.shape or theirs.numbers != ours.numbers:
-        size = ours.shape[0] if ours.shape else 0
-        experts = {(*n, str(row)) for n in ours.numbers for row in range(size)}
-        if (
-            source.rows
-            or target.rows
-            or ours.shape[1:] != source.shape
-            or theirs.numbers != experts
-        ):
-            return None
-        name += "[{}]"
-    return Line(theirs.pattern, name, "names", take=source.rows, put=target.rows)
-
-
-def _wanted(model: nn.Module, targets: list[Group]) -> list[Group]:
-    """Groups with a parameter in them that no earlier name already stands for."""
-    parameters = {name for name, _ in model.named_parameters()}
-    return [group for group in targets if parameters & {*group.names()}]
-
-
-def _open(
-    groups: list[Group], used: list[tuple[Piece, tuple[int, ...] | None]], what: str
-) -> list[str]:
-    """A text for every group of which not every row is used once."""
-    wrong = []
-    for group in groups:
-        rows = [rows for piece, rows in used if piece.group == group]
-        listed = [row for part in rows if part is not None for row in part]
-        if rows != [None] and sorted(listed) != list(range(group.shape[0] if group.shape else 0)):
-            wrong.append(
-                f"{what} {group.pattern!r} {list(group.shape)}, {len(group.numbers)} of it"
+def _check_scales(plan: WeightPlan, given: Checkpoint) -> None:
+    """FP8 blocks do not survive a cut."""
+    for name in given.tensors:
+        if name.endswith(SUFFIX) and plan.cuts(name.removesuffix(SUFFIX)):
+            raise WeightError(
+                f"no plan: {name.removesuffix(SUFFIX)!r} is block FP8 and would have to be cut; "
+                "dequantize the checkpoint first"
             )
-    return wrong
-
-
-def _check_rope(config: Mapping[str, Any], model: nn.Module) -> None:
-    found = checkpoint_rope(dict(config)), model_rope(model)
-    if None in found or found[0] != found[1]:
-        raise WeightError(
-            f"no plan: RoPE rows of the checkpoint are in order {found[0]}, those of the model in "
-            f"{found[1]} (None: unknown); only equal, known orders are mapped"
-        )

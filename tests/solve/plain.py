@@ -54,14 +54,14 @@ _NORMS = {"attn_out": "post_attn_norm", "mlp_out": "post_ffn_norm"}
 _LLAMA = _NORMS | {
     "embed": "tok_embeddings", "layers": "layers", "attn": "attention", "o": "wo",
     "mlp": "feed_forward", "down": "w2", "attn_in": "attention_norm", "mlp_in": "ffn_norm",
-    "norm": "norm", "head": "output",
+    "norm": "norm", "head": "output", "positions": "pos_emb",
 }  # fmt: skip
 STYLES = {
     "llama": Style(
         _LLAMA | {"q": "wq", "k": "wk", "v": "wv", "gate": "w1", "up": "w3"},
         pairs=True, complex_table=True,
     ),
-    "fast": Style(_LLAMA | {"qkv": "wqkv", "gate_up": "w13"}, pairs=True),
+    "fast": Style(_LLAMA | {"qkv": "wqkv", "gate_up": "w13", "up": "w3"}, pairs=True),
     "nano": Style(
         _NORMS | {
             "embed": "wte", "positions": "wpe", "layers": "h", "attn": "attn", "qkv": "c_attn",

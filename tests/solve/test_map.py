@@ -7,6 +7,7 @@ import json
 import pytest
 
 import vllm_graft
+from examples.custom_models.qwen3_torchtitan import build_qwen3_torchtitan
 from tests.docs.markdown import ROOT, blocks
 from tests.support import engine, generate, prompts, qwen3_checkpoint
 from vllm_graft.cli.main import main
@@ -36,7 +37,8 @@ def test_an_engine_loads_by_the_plan(folder, capfd):
     assert "layers.{}.attention_norm.weight" in capfd.readouterr().out
     vllm_graft.register("Mapped", f"{folder}/mapped.py:build")
     found = []
-    for arch in ("Mapped", None):
+    vllm_graft.register("ByHand", build_qwen3_torchtitan)
+    for arch in ("Mapped", "ByHand"):
         with engine(folder / "checkpoint", arch) as llm:
             found.append([c.token_ids for c in generate(llm, prompts([5, 17]), max_tokens=16)])
     assert found[0] == found[1]

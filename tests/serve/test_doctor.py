@@ -67,3 +67,14 @@ def test_port_that_cannot_be_built_exits_2(checkpoint, tmp_path):
     done = command(tmp_path, checkpoint, "--factory", "none.py:build")
     assert done.returncode == 2, done.stdout + done.stderr
     assert "Traceback" not in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_compiled_and_parallel_engines_are_compared_too(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    options = ("--arch", "Qwen3TorchTitan", "--compile", "--tp", "2", "--json", "report.json")
+    done = command(tmp_path, checkpoint, *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    paths = {each["path"]: each["tokens"] for each in report["paths"]}
+    assert (paths["torch.compile"], paths["TP=2"]) == (195, 195)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.table import Table
 
 from vllm_graft.cli.errors import UsageError
 from vllm_graft.cli.generate import settle_environment, stdout_kept_clean
-from vllm_graft.cli.options import OUTPUT, Arch, Checkpoint, Factory
+from vllm_graft.cli.options import ENGINE, OUTPUT, Arch, Checkpoint, Factory
 from vllm_graft.cli.target import import_factory, register_target
 
 if TYPE_CHECKING:
@@ -29,12 +29,22 @@ HtmlFile = Annotated[
         "--html", metavar="FILE", help="Write a page with a plot here.", rich_help_panel=OUTPUT
     ),
 ]
+Compiled = Annotated[
+    bool,
+    typer.Option("--compile", help="Compare with torch.compile too.", rich_help_panel=ENGINE),
+]
+Ranks = Annotated[
+    int,
+    typer.Option("--tp", min=1, help="Compare with so many ranks too.", rich_help_panel=ENGINE),
+]
 
 
 def doctor(
     checkpoint: Checkpoint,
     arch: Arch = None,
     factory: Factory = None,
+    compiled: Compiled = False,
+    tp: Ranks = 1,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
 ) -> int:
@@ -46,7 +56,7 @@ def doctor(
     with stdout_kept_clean():
         settle_environment(verbose=False)
         import_factory(name)
-        report = _run(checkpoint, name)
+        report = _run(checkpoint, name, compiled=compiled, tensor_parallel_size=tp)
     _show(report)
     if json_file is not None:
         content = {"healthy": report.healthy, **asdict(report)}
@@ -58,13 +68,13 @@ def doctor(
     return 0 if report.healthy else 1
 
 
-def _run(checkpoint: str, name: str) -> Report:
+def _run(checkpoint: str, name: str, **options: Any) -> Report:
     from vllm_graft.doctor.run import doctor as examine
 
     screen = Console(stderr=True, highlight=False)
     try:
         with screen.status("starting") as status:
-            return examine(checkpoint, name, status.update)
+            return examine(checkpoint, name, status.update, **options)
     except Exception as error:
         raise UsageError(f"{checkpoint} ({name}): {type(error).__name__}: {error}") from error
 

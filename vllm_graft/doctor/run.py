@@ -28,15 +28,29 @@ _UPDATE = 1.01
 Progress = Callable[[str], None]
 
 
-def doctor(checkpoint: str, arch: str, progress: Progress = print) -> Report:
+def doctor(
+    checkpoint: str,
+    arch: str,
+    progress: Progress = print,
+    *,
+    compiled: bool = False,
+    tensor_parallel_size: int = 1,
+) -> Report:
     """Compare a port with Transformers' model of the checkpoint, in float32.
 
     Args:
         checkpoint: folder in Hugging Face format.
         arch: registered architecture of the port.
         progress: told what is being done.
+        compiled: compare an engine with torch.compile too.
+        tensor_parallel_size: if above 1, compare an engine with so many ranks too.
     """
-    return _Examination(checkpoint, arch, progress).report()
+    examination = _Examination(checkpoint, arch, progress)
+    if compiled:
+        examination.compiled()
+    if tensor_parallel_size > 1:
+        examination.parallel(tensor_parallel_size)
+    return examination.report()
 
 
 class _Examination:
@@ -53,13 +67,32 @@ class _Examination:
         self.reference = Reference(original, lambda t: original(t[None]).logits[0], "transformers")
         self.longest = min(256, getattr(self.config, "max_position_embeddings", None) or 256)
         self.prompts = _prompts(self.config.vocab_size, self.longest)
+        self.more: list[Agreement] = []
+
+    def compiled(self) -> None:
+        """Before `report`, which updates the reference."""
+        with self._engine(self.checkpoint, enforce_eager=False) as llm:
+            self.more.append(self._compared("torch.compile", prefill(llm, self.prompts)))
+
+    def parallel(self, ranks: int) -> None:
+        """Before `report`, which updates the reference."""
+        self.progress(f"starting {ranks} ranks")
+        llm = _vllm_engine.engine_with_workers(
+            self.checkpoint, tensor_parallel_size=ranks,
+            hf_overrides={"architectures": [self.arch]}, **_vllm_options(self.longest),
+        )  # fmt: skip
+        try:
+            self.more.append(self._compared(f"TP={ranks}", prefill(llm, self.prompts)))
+        finally:
+            llm.llm_engine.engine_core.shutdown()
 
     def report(self) -> Report:
+        """All else, and what was found before."""
         with tempfile.TemporaryDirectory() as folder:
             exported = Path(folder) / "exported"
             with self._engine(self.checkpoint) as llm:
                 report = self._first(llm)
-                found = [*report.paths, self._updated(llm)]
+                found = [*report.paths, *self.more, self._updated(llm)]
                 self.progress("exporting")
                 save_checkpoint(llm.model, self.checkpoint, exported)
             with self._engine(str(exported)) as llm:

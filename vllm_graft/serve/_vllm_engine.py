@@ -38,6 +38,13 @@ def in_this_process() -> Iterator[None]:
             os.environ[_MULTIPROCESSING] = before
 
 
+def engine_with_workers(checkpoint: str, **options: Any) -> Any:
+    """A `vllm.LLM` whose ranks are processes."""
+    from vllm import LLM
+
+    return LLM(checkpoint, **options)
+
+
 def adapter_of(core: Any) -> Any:
     """The model that the engine core's one worker runs."""
     adapter: nn.Module = core.model_executor.driver_worker.worker.model_runner.model

@@ -7,11 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from vllm_graft.cli.errors import CommandError
+from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.options import (
     OUTPUT,
     SAMPLING,
@@ -25,11 +26,16 @@ from vllm_graft.cli.options import (
     PipelineParallel,
     TensorParallel,
 )
-from vllm_graft.cli.target import import_factory, register_target
+from vllm_graft.cli.target import config_format, import_factory, register_target
+from vllm_graft.serve.own_config import has_tokenizer
 
 Prompts = Annotated[
     list[str],
-    typer.Option("--prompt", help="Text to complete; may be repeated.", rich_help_panel=SAMPLING),
+    typer.Option(
+        "--prompt",
+        help="Text (without a tokenizer: token ids); may be repeated.",
+        rich_help_panel=SAMPLING,
+    ),
 ]
 MaxTokens = Annotated[
     int,
@@ -117,20 +123,41 @@ def complete(
     """
     from vllm import LLM, SamplingParams
 
+    inputs: list[Any] = list(prompts)
+    if not has_tokenizer(Path(checkpoint)):
+        inputs = [{"prompt_token_ids": token_ids(prompt)} for prompt in prompts]
+        engine, sampling = (
+            {**engine, "skip_tokenizer_init": True},
+            {**sampling, "detokenize": False},
+        )
     try:
         overrides = {"architectures": [arch]}
-        llm = LLM(checkpoint, hf_overrides=overrides, **engine)
-        outputs = llm.generate(prompts, SamplingParams(**sampling), use_tqdm=sys.stderr.isatty())
+        llm = LLM(checkpoint, hf_overrides=overrides, **config_format(checkpoint), **engine)
+        outputs = llm.generate(inputs, SamplingParams(**sampling), use_tqdm=sys.stderr.isatty())
     except Exception as error:
         raise CommandError(f"{checkpoint} ({arch}): {type(error).__name__}: {error}") from error
     return [_entry(output) for output in outputs]
+
+
+def token_ids(prompt: str) -> list[int]:
+    """The prompt for a checkpoint without a tokenizer: token ids with blanks between.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    try:
+        return [int(word) for word in prompt.split()]
+    except ValueError:
+        raise UsageError(
+            f"--prompt {prompt!r}: the checkpoint has no tokenizer; write token ids, as in '5 9 2'"
+        ) from None
 
 
 def _entry(output: Any) -> dict[str, Any]:
     completion = output.outputs[0]
     return {
         "prompt": output.prompt,
-        "text": completion.text,
+        "text": completion.text or " ".join(map(str, completion.token_ids)),
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
         "prompt_tokens": len(output.prompt_token_ids),

@@ -14,7 +14,8 @@ import typer
 
 from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.options import Arch, Checkpoint, Factory
-from vllm_graft.cli.target import import_factory, register_target
+from vllm_graft.cli.target import config_format, import_factory, register_target
+from vllm_graft.serve.own_config import has_tokenizer
 from vllm_graft.train.targets import BACKEND
 
 WeightUpdates = Annotated[
@@ -48,6 +49,10 @@ def serve(
     """
     name = register_target(checkpoint, arch, factory)
     flags = vllm_flags(context.args, name)
+    for format_name in config_format(checkpoint).values():
+        flags += ["--config-format", format_name]
+    if not has_tokenizer(Path(checkpoint)):
+        flags += ["--skip-tokenizer-init"]
     if weight_updates:
         flags += ["--weight-transfer-config", json.dumps({"backend": BACKEND})]
     import_factory(name)

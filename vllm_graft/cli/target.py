@@ -12,6 +12,7 @@ from typing import Any
 
 from vllm_graft.cli.errors import UsageError
 from vllm_graft.serve import registry
+from vllm_graft.serve.own_config import FORMAT, is_own
 
 _FACTORY_VERBS = ("build_", "make_", "create_", "get_")
 
@@ -34,7 +35,7 @@ def register_target(checkpoint: str, arch: str | None, factory: str | None) -> s
         UsageError: no or an unknown architecture, a malformed factory, or a
             checkpoint folder without `config.json`.
     """
-    _check_checkpoint(checkpoint)
+    _check_checkpoint(checkpoint, factory)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     if factory is not None:
@@ -134,12 +135,19 @@ def read_config(checkpoint: str) -> dict[str, Any]:
     return config
 
 
-def _check_checkpoint(checkpoint: str) -> None:
+def config_format(checkpoint: str) -> dict[str, str]:
+    """VLLM's `config_format` for a checkpoint, if it has no Hugging Face `config.json`."""
+    return {"config_format": FORMAT} if is_own(Path(checkpoint)) else {}
+
+
+def _check_checkpoint(checkpoint: str, factory: str | None) -> None:
     """Refuse paths that are not a checkpoint; a Hub name (`owner/model`) passes."""
     path = Path(checkpoint)
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if factory is None and not (path / "config.json").is_file():
             raise UsageError(f"{checkpoint}: no config.json in this folder; not a checkpoint")
+        if not any(path.glob("*.safetensors")) and not (path / "config.json").is_file():
+            raise UsageError(f"{checkpoint}: neither config.json nor *.safetensors in this folder")
         return
     if checkpoint.startswith("-"):
         raise UsageError(

@@ -138,9 +138,11 @@ def attach(registry: ModuleType) -> None:
     """Called when vLLM's registry module was just imported: patch it and replay."""
     global _REGISTRY
     from vllm_graft.serve import _vllm
+    from vllm_graft.serve._vllm_config import register_parser
 
     _REGISTRY = registry
     _vllm.accept_factories(registry, register, forget)
+    register_parser(factory_of)
     for arch in registrations():
         _attach_one(registry, arch)
 

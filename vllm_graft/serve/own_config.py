@@ -8,9 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 FORMAT = "graft"
 """Name of the config format for vLLM's `config_format`."""
 _ATTRIBUTES = ("config", "args", "params", "cfg", "model_args", "hparams")
@@ -73,6 +70,8 @@ def _file(folder: Path) -> dict[str, Any]:
 
 
 def _of_model(folder: Path, factory: Callable[..., Any]) -> dict[str, Any]:
+    import torch  # the command line reads this file, and starts without torch
+
     with torch.device("meta"):
         try:
             model = factory()
@@ -84,7 +83,7 @@ def _of_model(folder: Path, factory: Callable[..., Any]) -> dict[str, Any]:
     return _values(_config_of(model))
 
 
-def _config_of(model: nn.Module) -> Any:
+def _config_of(model: Any) -> Any:
     for name in _ATTRIBUTES:
         config = getattr(model, name, None)
         if config is not None:

@@ -92,7 +92,7 @@ def linears(module, sizes, bias, names):
     """Linear layers by role, those that a style fuses as one."""
     fused = next((role for role in ("qkv", "gate_up") if role in names and len(sizes) > 1), None)
     width = next(iter(sizes.values()))[0]
-    if (fused in ("qkv",) and "q" in sizes) or (fused == "gate_up" and "gate" in sizes):
+    if fused is not None:
         outputs = [size for _, size in sizes.values()]
         setattr(module, names[fused], nn.Linear(width, sum(outputs), bias=bias))
         return lambda x: getattr(module, names[fused])(x).split(outputs, -1)
@@ -148,9 +148,8 @@ class Attention(nn.Module):
     def rotate(self, x, angles):
         size = 2 * angles.shape[-1]
         turned, rest = x[..., :size], x[..., size:]
-        first, second = (
-            turned.unflatten(-1, (-1, 2)).unbind(-1) if self.pairs else turned.chunk(2, -1)
-        )
+        by_turns = turned.unflatten(-1, (-1, 2)).unbind(-1)
+        first, second = by_turns if self.pairs else turned.chunk(2, -1)
         cos, sin = angles.cos(), angles.sin()
         parts = (first * cos - second * sin, second * cos + first * sin)
         made = torch.stack(parts, -1).flatten(-2) if self.pairs else torch.cat(parts, -1)

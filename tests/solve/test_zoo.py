@@ -39,11 +39,7 @@ ZOO = {
     "gpt_neox": {"rotary_pct": 0.5},
     "gpt2": {},
 }  # fmt: skip
-PAIRS = [
-    *((kind, style) for kind in ZOO if kind not in ("gpt2", "gpt_neox") for style in STYLES),
-    ("gpt2", "nano"),
-    ("gpt_neox", "nano"),
-]
+GROUPED = [kind for kind in ZOO if kind not in ("gpt2", "gpt_neox")]
 LIMIT = 2e-5
 """Of the largest logit: the sums of two float32 models in another order."""
 
@@ -51,7 +47,8 @@ LIMIT = 2e-5
 def original(kind):
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(kind, **(SIZES | ZOO[kind]))
+    sizes = {key: size for key, size in SIZES.items() if kind in GROUPED or "key_value" not in key}
+    config = AutoConfig.for_model(kind, **(sizes | ZOO[kind]))
     return spread_weights(AutoModelForCausalLM.from_config(config)).eval()
 
 
@@ -62,7 +59,8 @@ def empty(config, style):
     return model
 
 
-@pytest.mark.parametrize(("kind", "style"), PAIRS)
+@pytest.mark.parametrize("kind", ZOO)
+@pytest.mark.parametrize("style", STYLES)
 @torch.no_grad()
 def test_the_plan_gives_the_logits_of_transformers(kind, style, tmp_path):
     reference = original(kind)
@@ -115,18 +113,20 @@ def test_exchanged_names_give_no_plan_with_a_reference(fault, style, tmp_path):
 OPEN = {
     "missing": lambda t: t.popitem(),
     "surplus": lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(64)}),
-    "shape": lambda t: t.update({next(n for n in t if n.endswith("norm.weight")): torch.zeros(7)}),
+    "shape": lambda t: t.update(
+        {next(n for n in t if n.endswith("norm.weight") or ".ln_" in n): torch.zeros(7)}
+    ),
 }
 
 
 @pytest.mark.parametrize("fault", OPEN)
-@pytest.mark.parametrize("kind", [kind for kind in ZOO if kind not in ("gpt2", "gpt_neox")])
+@pytest.mark.parametrize("kind", ZOO)
 def test_what_does_not_fit_gives_no_plan(fault, kind, tmp_path):
     reference = original(kind)
     reference.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     OPEN[fault](tensors)
-    with pytest.raises(WeightError, match="no plan"):
+    with pytest.raises(WeightError, match="names and shapes leave open"):
         solve_weight_plan(empty(reference.config, "llama"), tensors, reference.config.to_dict())
 
 

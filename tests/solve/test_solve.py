@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,7 @@ from examples.custom_models.deepseek_v3_torchtitan import build_deepseek_v3_torc
 from examples.custom_models.megatron_gpt import build_megatron_model
 from examples.custom_models.qwen3_torchtitan import build_qwen3_torchtitan
 from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint, qwen2_checkpoint
-from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
+from tests.moe_checkpoints import deepseek_v3_checkpoint, fp8_checkpoint, qwen3_moe_checkpoint
 from tests.support import qwen3_checkpoint
 from vllm_graft import WeightError, load_weight_plan, solve_weight_plan
 
@@ -90,3 +91,38 @@ def test_a_wrong_checkpoint_gets_no_plan(fault, build, tmp_path):
     config = AutoConfig.from_pretrained(checkpoint).to_dict()
     with pytest.raises(WeightError, match="no plan"):
         solve_weight_plan(built(build, checkpoint).model, tensors, config)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_fp8_scales_go_with_their_tensors(interleaved, tmp_path):
+    source = deepseek_v3_checkpoint(tmp_path / "wide", rope_interleave=interleaved)
+    fp8, plain = fp8_checkpoint(tmp_path, source)
+    model, want = (built(build_deepseek_v3_torchtitan, plain) for _ in range(2))
+    solve_weight_plan(model, fp8).load(model, load_file(fp8 / "model.safetensors").items())
+    want.load_weights(load_file(plain / "model.safetensors").items())
+    for (name, got), (_, tensor) in zip(
+        model.named_parameters(), want.named_parameters(), strict=True
+    ):
+        assert torch.equal(got, tensor), name
+
+
+def test_layers_of_multi_token_prediction_are_waived(tmp_path):
+    folder = deepseek_v3_checkpoint(tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace(".2.", ".3.")] = tensors[name].clone()
+    config = json.loads((folder / "config.json").read_text()) | {"num_nextn_predict_layers": 1}
+    model = built(build_deepseek_v3_torchtitan, folder)
+    with pytest.raises(WeightError, match="names and shapes leave open"):
+        solve_weight_plan(model, tensors, config)
+    tensors["model.layers.3.eh_proj.weight"] = torch.zeros(3)
+    plan = solve_weight_plan(model, tensors, config)
+    assert [line.source for line in plan.lines if line.target is None] == ["model.layers.3.*"]
+    plan.load(model, tensors.items())
+
+
+def test_a_plan_that_was_edited_wrongly_names_its_line(tmp_path):
+    path = tmp_path / "plan.json"
+    path.write_text('{"version": 1, "lines": [{"from": "a", "into": "b"}]}')
+    with pytest.raises(WeightError, match=r"line 0 of the plan: expected from, to"):
+        load_weight_plan(path)

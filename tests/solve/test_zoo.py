@@ -115,8 +115,6 @@ OPEN = {
     "missing": lambda t: t.popitem(),
     "surplus": lambda t: t.update({"model.layers.0.extra.weight": torch.zeros(64)}),
     "shape": lambda t: t.update({next(n for n in t if n.endswith(NORMS)): torch.zeros(7)}),
-        {next(n for n in t if n.endswith("norm.weight") or ".ln_" in n): torch.zeros(7)}
-    ),
 }
 
 

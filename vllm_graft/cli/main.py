@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vllm_graft.cli import bench, doctor, generate, list_models, map, serve, version
+from vllm_graft.cli import bench, doctor, export, generate, list_models, map, serve, version
 from vllm_graft.cli.errors import CommandError
 
 PROGRAM = "vllm-graft"
@@ -25,6 +25,7 @@ app.command("serve", context_settings=serve.PASS_THROUGH, rich_help_panel=_SERVI
 app.command("generate", rich_help_panel=_SERVING)(generate.generate)
 app.command("bench", rich_help_panel=_SERVING)(bench.bench)
 app.command("doctor", rich_help_panel=_SERVING)(doctor.doctor)
+app.command("export", rich_help_panel=_SERVING)(export.export)
 app.command("map", rich_help_panel=_SERVING)(map.map_weights)
 app.command("list", rich_help_panel=_ABOUT)(list_models.list_models)
 app.command("version", rich_help_panel=_ABOUT)(version.version)

@@ -1,4 +1,4 @@
-"""`vllm-graft export`: a port's weights as a Hugging Face folder for stock vLLM and Transformers."""
+"""`vllm-graft export`: a port's weights as a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.generate import settle_environment, stdout_kept_clean
-from vllm_graft.cli.options import OUTPUT, Arch, Checkpoint, Dtype, Factory
-from vllm_graft.cli.target import import_factory, register_target
+from vllm_graft.cli.options import OUTPUT, Arch, Checkpoint, Factory
+from vllm_graft.cli.target import import_factory, read_config, register_target
 
 Out = Annotated[
     Path,
@@ -25,7 +25,6 @@ def export(
     out: Out,
     arch: Arch = None,
     factory: Factory = None,
-    dtype: Dtype = "auto",
 ) -> None:
     """Load a checkpoint into your model and write it back: safetensors, config, tokenizer."""
     if not Path(checkpoint).is_dir():
@@ -36,14 +35,17 @@ def export(
     with stdout_kept_clean():
         settle_environment(verbose=False)
         import_factory(name)
-        written = _export(checkpoint, name, out, dtype)
+        written = _export(checkpoint, name, out)
     typer.echo(f"{out}: {written} tensors")
 
 
-def _export(checkpoint: str, name: str, out: Path, dtype: str) -> int:
+def _export(checkpoint: str, name: str, out: Path) -> int:
     from vllm_graft.train.llm import TrainableLLM
     from vllm_graft.weights.save import save_checkpoint
 
+    config = read_config(checkpoint)
+    # vLLM's own "auto" would round float32 to bfloat16.
+    dtype = config.get("dtype") or config.get("torch_dtype") or "auto"
     try:
         llm = TrainableLLM(
             checkpoint, arch=name, dtype=dtype, enforce_eager=True, max_model_len=128,

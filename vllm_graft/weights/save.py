@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from vllm_graft.weights.contents import Contents
@@ -54,4 +56,15 @@ def save_checkpoint(
         for file in source.glob(pattern):
             if not file.match(_INDEX):
                 shutil.copy2(file, folder)
+    _describe(folder / "config.json", {tensor.dtype for tensor in tensors.values()})
     return list(tensors)
+
+
+def _describe(path: Path, dtypes: set[torch.dtype]) -> None:
+    """Let the config say what was written: nothing quantized, and the one dtype there is."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    if len(dtypes) == 1:
+        key = "torch_dtype" if "torch_dtype" in config else "dtype"
+        config[key] = str(dtypes.pop()).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

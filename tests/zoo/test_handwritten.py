@@ -11,7 +11,7 @@ from torch import nn
 
 import vllm_graft
 from tests.support import engine, generate, live_module, prompts, sampled_logprobs, spread_weights
-from tests.zoo.test_transformers import GPT2, _check_gradients
+from tests.zoo.test_transformers import GPT2, _check_gradients, _gap
 
 V, D, N = 512, 128, 4
 
@@ -194,6 +194,7 @@ def test_served_and_trained_as_the_original(style, tmp_path):
             assert logits.argmax(-1).tolist() == list(completion.token_ids)
             want = logits.log_softmax(-1).max(-1).values
             assert torch.tensor(sampled_logprobs(completion)).sub(want).abs().max() < 1e-4
+        assert _gap(live_module(llm), tokens, completions) == 0
         _check_gradients(Original(model), live_module(llm), samples)
 
 

@@ -62,7 +62,25 @@ ZOO = {
         "moe_intermediate_size": 64,
         "norm_topk_prob": True,
     },
+    "deepseek_v3": SIZES
+    | {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 32,
+        "n_routed_experts": 4,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
 }
+INEXACT = ("gpt_oss", "qwen3_moe", "deepseek_v3")
+"""Transformers multiplies each expert with the tokens that chose it: another number of rows in
+the engine's batch than in training's, so float32 products are rounded in another order."""
 FAST = ("llama", "gpt2", "gemma2", "gpt_oss")
 
 
@@ -78,7 +96,9 @@ def original(kind: str):
 @pytest.mark.parametrize(
     "kind", [k if k in FAST else pytest.param(k, marks=pytest.mark.slow) for k in ZOO]
 )
-def test_served_and_trained_as_the_original(kind, tmp_path):
+def test_served_and_trained_as_the_original(kind, tmp_path, monkeypatch):
+    if kind == "deepseek_v3":  # keys and values are expanded here; vLLM would plan a latent cache
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
     model = original(kind)
     model.save_pretrained(tmp_path)
     vllm_graft.register(ARCH, "transformers:AutoModelForCausalLM.from_config")
@@ -93,14 +113,16 @@ def test_served_and_trained_as_the_original(kind, tmp_path):
             assert logits.argmax(-1).tolist() == list(completion.token_ids)
             want = logits.log_softmax(-1).max(-1).values
             assert torch.tensor(sampled_logprobs(completion)).sub(want).abs().max() < 1e-4
-        trained = training_logprobs(module, tokens, [list(c.token_ids) for c in completions])
-        served = [sampled_logprobs(c) for c in completions]
-        assert max(
-            abs(got - want)
-            for row, sample in zip(served, trained, strict=True)
-            for got, want in zip(row, sample.tolist(), strict=True)
-        ) < 1e-4  # fmt: skip
+        gap = _gap(module, tokens, completions)
+        assert gap < 1e-4 if kind in INEXACT else gap == 0
         _check_gradients(model, module, samples)
+
+
+def _gap(module, tokens, completions):
+    """Largest difference of the engine's log-probabilities from the training forward's."""
+    trained = training_logprobs(module, tokens, [list(c.token_ids) for c in completions])
+    served = [torch.tensor(sampled_logprobs(c)) for c in completions]
+    return max(float((a - b).abs().max()) for a, b in zip(served, trained, strict=True))
 
 
 def _check_gradients(model, module, samples):
@@ -118,6 +140,15 @@ def _check_gradients(model, module, samples):
         if parameter.grad is None or parameter.grad.abs().max() < 1e-7:  # a key bias: rounding
             continue
         assert relative_error(own[name].grad, parameter.grad) < 1e-5, name
+
+
+def test_a_latent_cache_is_refused_with_the_switch():
+    from types import SimpleNamespace
+
+    from vllm_graft.serve._vllm import refuse_latent_cache
+
+    with pytest.raises(ValueError, match="VLLM_MLA_DISABLE=1"):
+        refuse_latent_cache(SimpleNamespace(model_config=SimpleNamespace(use_mla=True)))
 
 
 def test_names_stay():

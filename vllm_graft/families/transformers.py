@@ -13,12 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
+from vllm_graft.exact import linear
 from vllm_graft.families.transformers_names import CheckpointNames
 from vllm_graft.model import VLLMModelForCausalLM
 from vllm_graft.positions import current_batch
@@ -68,6 +70,7 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         _register()
         model.set_attn_implementation(INTERFACE)
         self.sites = find_sites(model)
+        _make_exact(model)
         for site in self.sites:
             model.get_submodule(site.name).add_module(CORE, _core(site))
 
@@ -109,6 +112,19 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         stream = self.names.fused(weights_iter)
         report = load_external_weights(self.model, stream, self.names.mapping).report
         return {f"model.{name}" for name in report.loaded.values()}
+
+
+def _make_exact(model: nn.Module) -> None:
+    """Give GPT-2's transposed linear layers rows that do not depend on how many there are."""
+    from transformers.pytorch_utils import Conv1D
+
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            module.forward = partial(_conv1d, module)  # type: ignore[method-assign]
+
+
+def _conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, module.weight.t(), module.bias)
 
 
 def find_sites(model: Any) -> list[AttentionSite]:

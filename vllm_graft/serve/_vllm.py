@@ -162,6 +162,21 @@ def refuse_hidden_experts(parallel_config: Any) -> None:
         )
 
 
+def refuse_latent_cache(vllm_config: Any) -> None:
+    """Raise if vLLM plans a latent cache for a model whose attention has expanded keys.
+
+    Relies on `ModelConfig.use_mla`, which goes by the model's type.
+
+    Raises:
+        ValueError: it does.
+    """
+    if vllm_config.model_config.use_mla:
+        raise ValueError(
+            "vLLM plans a latent cache for this type of model, but Transformers' attention "
+            "expands keys and values; set the environment variable VLLM_MLA_DISABLE=1"
+        )
+
+
 def process_group(axis: str) -> Any:
     """The device group of vLLM for `"tp"` or `"pp"`, or None before it exists."""
     from vllm.distributed import parallel_state

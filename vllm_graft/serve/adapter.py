@@ -201,6 +201,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     with parameters_as(vllm_config.model_config.dtype):
         model: Any = call_factory(factory, vllm_config, context)
     if isinstance(model, nn.Module) and asks_for_adapt(model):
+        _vllm.refuse_latent_cache(vllm_config)
         model = adapt(model.eval())
     if isinstance(model, PlainForCausalLM):
         model.prove(vllm_config.model_config.max_model_len)

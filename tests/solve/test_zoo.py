@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.moe_checkpoints import to_fp8
 from tests.solve.plain import STYLES, Plain
@@ -148,3 +148,25 @@ def test_masks_and_tables_are_waived(tmp_path):
     assert [line.source for line in plan.lines if line.target is None] == [
         "model.layers.0.self_attn.rotary_emb.inv_freq"
     ]
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi3", "olmo2", "gpt_neox"])
+def test_a_missing_head_is_not_taken_for_a_tied_one(kind, tmp_path):
+    reference = original(kind)
+    reference.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    del tensors["embed_out.weight" if kind == "gpt_neox" else "lm_head.weight"]
+    save_file(tensors, file)
+    with pytest.raises(WeightError, match="parameter 'output.weight'"):
+        solve_weight_plan(empty(reference.config, "llama"), tmp_path)
+
+
+def test_a_line_says_what_decided_it(tmp_path):
+    reference = original("llama")
+    reference.save_pretrained(tmp_path)
+    model = empty(reference.config, "fast")
+    plan = solve_weight_plan(model, tmp_path, reference=reference)
+    by = {line.source.split(".")[-2]: line.by for line in plan.lines}
+    assert {part for part in by if by[part] == "logits"} == {"q_proj", "k_proj", "v_proj"}
+    assert "logits of the reference" in plan.checked

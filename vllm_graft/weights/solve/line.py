@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -74,10 +74,6 @@ class Line:
             return self.take
         taken = self.take or tuple(range(size))
         return tuple(taken[at] for at in self.rope.order())
-
-    def decided(self, assumed: str) -> Line:
-        """The line with what numbers have settled of it."""
-        return self if self.target is None or not assumed else replace(self, by="logits")
 
     def to_json(self) -> dict[str, Any]:
         """Readable and editable; what is not needed is left out."""

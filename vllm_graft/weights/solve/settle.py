@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ def settle(
         )
     best = found[fit[0]]
     checked = f"logits of the reference to {apart[fit[0]]:.1e} of the largest"
-    plan = WeightPlan(tuple(line.decided(best.assumed) for line in best.lines), checked)
+    sure = set(found[0].lines).intersection(*(candidate.lines for candidate in found))
+    lines = (line if line in sure else replace(line, by="logits") for line in best.lines)
+    plan = WeightPlan(tuple(lines), checked)
     plan.load(model, checkpoint.read())
     return plan
 

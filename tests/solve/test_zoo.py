@@ -170,3 +170,14 @@ def test_a_line_says_what_decided_it(tmp_path):
     by = {line.source.split(".")[-2]: line.by for line in plan.lines}
     assert {part for part in by if by[part] == "logits"} == {"q_proj", "k_proj", "v_proj"}
     assert "logits of the reference" in plan.checked
+
+
+def test_fused_stacks_of_experts_are_refused(tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt_oss", **SIZES, head_dim=32, num_local_experts=4)
+    reference = AutoModelForCausalLM.from_config(config)
+    reference.save_pretrained(tmp_path)
+    model = empty(original("llama").config, "llama")
+    with pytest.raises(WeightError, match=r"experts\.gate_up_proj'"):
+        solve_weight_plan(model, tmp_path, reference=reference)

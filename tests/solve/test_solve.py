@@ -16,6 +16,7 @@ from tests.megatron_checkpoints import deepseek_checkpoint, llama_checkpoint, qw
 from tests.moe_checkpoints import deepseek_v3_checkpoint, fp8_checkpoint, qwen3_moe_checkpoint
 from tests.support import qwen3_checkpoint
 from vllm_graft import WeightError, load_weight_plan, solve_weight_plan
+from vllm_graft.weights.shards import Shard, mark_shard
 
 
 def halves_checkpoint(folder):
@@ -126,3 +127,13 @@ def test_a_plan_that_was_edited_wrongly_names_its_line(tmp_path):
     path.write_text('{"version": 1, "lines": [{"from": "a", "into": "b"}]}')
     with pytest.raises(WeightError, match=r"line 0 of the plan: expected from, to"):
         load_weight_plan(path)
+
+
+def test_rows_of_a_share_are_refused(tmp_path, monkeypatch):
+    checkpoint = qwen3_checkpoint(tmp_path)
+    model = built(build_megatron_model, checkpoint).model
+    plan = solve_weight_plan(model, checkpoint)
+    monkeypatch.setattr(Shard, "count", 2)
+    mark_shard(model.decoder.layers[0].mlp.linear_fc1.weight, Shard(0, 0, None))
+    with pytest.raises(WeightError, match=r"linear_fc1.weight' is sharded over 2 ranks"):
+        plan.load(model, load_file(checkpoint / "model.safetensors").items())

@@ -18,6 +18,8 @@ from vllm_graft.weights.fp8 import is_block_fp8
 from vllm_graft.weights.load import LoadReport, load_external_weights
 from vllm_graft.weights.mapping import NameMap, NameMapping
 from vllm_graft.weights.rows import RowOrder, Rows
+from vllm_graft.weights.shards import shard_of
+from vllm_graft.weights.slots import slots, tensor_in
 from vllm_graft.weights.solve.line import Line
 
 _VERSION = 1
@@ -81,8 +83,10 @@ class WeightPlan:
         """Load a checkpoint by this plan.
 
         Raises:
-            WeightError: as `load_external_weights`, and for tensors that no line names.
+            WeightError: as `load_external_weights`, for tensors that no line names, and for a
+                fused parameter of which this rank holds a share.
         """
+        self._check_ranks(model)
         report = load_external_weights(model, self.read(weights), self.name_mapping).report
         if report.skipped:
             raise WeightError(
@@ -90,6 +94,17 @@ class WeightPlan:
                 f"{', '.join(report.skipped[:8])}"
             )
         return report
+
+    def _check_ranks(self, model: nn.Module) -> None:
+        # Megatron's gate and up: each rank has a share of both, so the rows depend on the ranks.
+        fused = [entry for entry in NameMap(self.name_mapping).entries if entry.part is not None]
+        for name, slot in slots(model).items():
+            shard = shard_of(tensor_in(slot))
+            if shard and shard.count > 1 and any(entry.rows(name, 1) for entry in fused):
+                raise WeightError(
+                    f"parameter {name!r} is sharded over {shard.count} ranks and the plan fills "
+                    "rows of it, counted for one; load it on one rank, or by a mapping of your own"
+                )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, which `load_weight_plan` reads."""

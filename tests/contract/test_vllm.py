@@ -289,3 +289,21 @@ def test_vllms_own_update_routes_still_lie_outside_the_guarded_paths():
     assert not any(path.startswith(GUARDED_PREFIX) for path in paths)
     source = inspect.getsource(inspect.unwrap(routers.register_api_routers))
     assert source.index("VLLM_SERVER_DEV_MODE") < source.index("register_rl_api_routers")
+
+
+def test_config_parsers_can_be_registered_and_are_told_the_overrides():
+    from vllm.transformers_utils import config
+
+    from vllm_graft.serve._vllm_config import register_parser
+    from vllm_graft.serve.own_config import FORMAT
+
+    register_parser(lambda arch: None)
+    assert FORMAT in config._CONFIG_FORMAT_TO_CONFIG_PARSER
+    assert "hf_overrides=" in inspect.getsource(config.get_config)
+
+
+def test_a_model_config_says_whether_it_plans_a_latent_cache():
+    from vllm.config import ModelConfig
+
+    assert isinstance(ModelConfig.use_mla, property)
+    assert "VLLM_MLA_DISABLE" in inspect.getsource(ModelConfig.use_mla.fget)

@@ -69,6 +69,29 @@ def test_port_that_cannot_be_built_exits_2(checkpoint, tmp_path):
     assert "Traceback" not in done.stderr.splitlines()[-1]
 
 
+ORIGINAL = """
+from tests.zoo.test_handwritten import LearnedPositions
+
+def build(config):
+    return LearnedPositions()
+"""
+
+
+def test_a_model_without_a_twin_is_compared_with_itself_untouched(tmp_path):
+    torch.manual_seed(0)
+    model = spread_weights(LearnedPositions())
+    GPT2Config(**GPT2_SIZES).save_pretrained(tmp_path / "own")
+    save_file(dict(model.state_dict()), tmp_path / "own" / "model.safetensors")
+    (tmp_path / "own_model.py").write_text(ORIGINAL)
+    arguments = ("own", "--factory", "own_model.py:build")
+    done = command(tmp_path, *arguments, "--reference", "original", "--json", "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["reference"], len(report["paths"])) == ("original", 8)
+    twin = command(tmp_path, *arguments)
+    assert twin.returncode == 2 and "Use --reference original" in twin.stderr
+
+
 @pytest.mark.slow
 def test_compiled_and_parallel_engines_are_compared_too(checkpoint, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

@@ -1,4 +1,4 @@
-"""`vllm-graft doctor`: a port against Transformers' model of the same checkpoint."""
+"""`vllm-graft doctor`: a port against the right model of the same checkpoint."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from rich.table import Table
 
 from vllm_graft.cli.errors import UsageError
 from vllm_graft.cli.generate import settle_environment, stdout_kept_clean
-from vllm_graft.cli.options import ENGINE, OUTPUT, Arch, Checkpoint, Factory
+from vllm_graft.cli.options import ENGINE, MODEL, OUTPUT, Arch, Checkpoint, Factory
 from vllm_graft.cli.target import import_factory, register_target
 
 if TYPE_CHECKING:
     from vllm_graft.doctor.report import Report
-
+REFERENCES = ("transformers", "original")
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the report here.", rich_help_panel=OUTPUT),
@@ -27,6 +27,15 @@ HtmlFile = Annotated[
     Path | None,
     typer.Option(
         "--html", metavar="FILE", help="Write a page with a plot here.", rich_help_panel=OUTPUT
+    ),
+]
+Source = Annotated[
+    str,
+    typer.Option(
+        "--reference",
+        metavar="|".join(REFERENCES),
+        help="The right model: Transformers' own, or what the factory returns, untouched.",
+        rich_help_panel=MODEL,
     ),
 ]
 Compiled = Annotated[
@@ -43,20 +52,24 @@ def doctor(
     checkpoint: Checkpoint,
     arch: Arch = None,
     factory: Factory = None,
+    reference: Source = "transformers",
     compiled: Compiled = False,
     tp: Ranks = 1,
     json_file: JsonFile = None,
     html_file: HtmlFile = None,
 ) -> int:
-    """Compare a port with Transformers on every path; 0 healthy, 1 diverges, 2 could not run."""
+    """Compare a port with the right model on every path; 0 healthy, 1 diverges, 2 could not run."""
     for option, file in (("--json", json_file), ("--html", html_file)):
         if file is not None and not file.absolute().parent.is_dir():
             raise UsageError(f"{option} {file}: expected a file in a folder that exists")
+    if reference not in REFERENCES:
+        raise UsageError(f"--reference {reference}: expected one of {', '.join(REFERENCES)}")
     name = register_target(checkpoint, arch, factory)
     with stdout_kept_clean():
         settle_environment(verbose=False)
         import_factory(name)
-        report = _run(checkpoint, name, compiled=compiled, tensor_parallel_size=tp)
+        options = {"reference": reference, "compiled": compiled, "tensor_parallel_size": tp}
+        report = _run(checkpoint, name, **options)
     _show(report)
     if json_file is not None:
         content = {"healthy": report.healthy, **asdict(report)}

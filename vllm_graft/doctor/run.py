@@ -16,8 +16,9 @@ from vllm_graft.doctor.compare import Agreement, agreement, divergences
 from vllm_graft.doctor.diagnose import Diagnosis, diagnose
 from vllm_graft.doctor.engine import Rows, paths, prefill
 from vllm_graft.doctor.gradients import gradients
+from vllm_graft.doctor.references import original_reference, transformers_reference
 from vllm_graft.doctor.report import Report
-from vllm_graft.doctor.sides import Adapted, Prompts, Reference, trace
+from vllm_graft.doctor.sides import Adapted, Prompts, trace
 from vllm_graft.serve import _vllm_engine
 from vllm_graft.weights.save import save_checkpoint
 
@@ -33,19 +34,21 @@ def doctor(
     arch: str,
     progress: Progress = print,
     *,
+    reference: str = "transformers",
     compiled: bool = False,
     tensor_parallel_size: int = 1,
 ) -> Report:
-    """Compare a port with Transformers' model of the checkpoint, in float32.
+    """Compare a port with the right model of the checkpoint, in float32.
 
     Args:
         checkpoint: folder in Hugging Face format.
         arch: registered architecture of the port.
         progress: told what is being done.
+        reference: "transformers", or "original": what the factory returns, untouched.
         compiled: compare an engine with torch.compile too.
         tensor_parallel_size: if above 1, compare an engine with so many ranks too.
     """
-    examination = _Examination(checkpoint, arch, progress)
+    examination = _Examination(checkpoint, arch, progress, reference)
     if compiled:
         examination.compiled()
     if tensor_parallel_size > 1:
@@ -54,18 +57,18 @@ def doctor(
 
 
 class _Examination:
-    def __init__(self, checkpoint: str, arch: str, progress: Progress) -> None:
-        from transformers import AutoModelForCausalLM
+    def __init__(self, checkpoint: str, arch: str, progress: Progress, reference: str) -> None:
+        from transformers import AutoConfig
 
         self.start = time.perf_counter()
         self.checkpoint, self.arch, self.progress = checkpoint, arch, progress
         progress("loading the reference")
-        original = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, attn_implementation="eager"
-        ).eval()
-        self.config = original.config
-        self.reference = Reference(original, lambda t: original(t[None]).logits[0], "transformers")
+        self.config = AutoConfig.from_pretrained(checkpoint)
         self.longest = min(256, getattr(self.config, "max_position_embeddings", None) or 256)
+        if reference == "original":
+            self.reference = original_reference(checkpoint, arch, self.longest)
+        else:
+            self.reference = transformers_reference(checkpoint)
         self.prompts = _prompts(self.config.vocab_size, self.longest)
         self.more: list[Agreement] = []
 

@@ -1,0 +1,80 @@
+"""Where the right model comes from: Transformers, or the factory's own module. Torch only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from vllm_graft.adapting import call_factory
+from vllm_graft.doctor.sides import Reference
+from vllm_graft.parallel import ParallelContext
+from vllm_graft.serve.registry import factory_of
+from vllm_graft.weights.load import load_external_weights
+
+_POSITIONS = ("positions", "position_ids", "input_pos")
+
+
+def transformers_reference(checkpoint: str) -> Reference:
+    """Transformers' model of the checkpoint, in float32 with eager attention.
+
+    Raises:
+        ValueError: the checkpoint lacks tensors that Transformers' model has.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        checkpoint, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ValueError(
+            f"Transformers' {type(model).__name__} finds {len(missing)} of its tensors missing in "
+            f"{checkpoint}, the first is {missing[0]}: not its names. Use --reference original"
+        )
+    model.eval()
+    return Reference(model, lambda t: model(t[None]).logits[0], "transformers")
+
+
+def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Reference:
+    """What the factory returns, untouched, with the checkpoint under the module's own names.
+
+    Raises:
+        ValueError: the factory returns a model that is adapted already.
+        WeightError: a tensor of the module is not in the checkpoint.
+    """
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(checkpoint)
+    made = SimpleNamespace(hf_config=config, max_model_len=max_model_len, dtype=torch.float32)
+    vllm_config = SimpleNamespace(hf_config=config, model_config=made)
+    model: Any = call_factory(factory_of(arch), vllm_config, ParallelContext())
+    if hasattr(model, "compute_logits") or hasattr(model, "load_weights"):
+        raise ValueError(
+            f"{arch}: its factory returns a model that is adapted already, so there is no original "
+            "to compare with. Use --reference transformers"
+        )
+    load_external_weights(model, _tensors(checkpoint), {name: name for name in model.state_dict()})
+    model.float().eval()
+    known = inspect.signature(model.forward).parameters
+
+    def logits(tokens: torch.Tensor) -> torch.Tensor:
+        named = {name: torch.arange(len(tokens)) for name in _POSITIONS if name in known}
+        output: Any = model(tokens[None], **named)
+        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return first[0]
+
+    return Reference(model, logits, "original")
+
+
+def _tensors(checkpoint: str) -> Iterator[tuple[str, torch.Tensor]]:
+    from safetensors import safe_open
+
+    for file in sorted(Path(checkpoint).glob("*.safetensors")):
+        with safe_open(file, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118  (no mapping)
+                yield name, opened.get_tensor(name)

@@ -9,7 +9,9 @@ import sys
 
 import pytest
 
-from tests.support import ROOT, qwen3_checkpoint
+from tests.support import ROOT, qwen3_checkpoint, spread_weights
+from tests.zoo.test_handwritten import LearnedPositions
+from tests.zoo.test_transformers import GPT2
 
 pytestmark = pytest.mark.engine
 FACTORY = "transformers:AutoModelForCausalLM.from_config"
@@ -78,10 +80,13 @@ def build(config):
 
 
 def test_a_model_without_a_twin_is_compared_with_itself_untouched(tmp_path):
-    torch.manual_seed(0)
+    from safetensors.torch import save_file
+    from transformers import GPT2Config
+
     model = spread_weights(LearnedPositions())
-    GPT2Config(**GPT2_SIZES).save_pretrained(tmp_path / "own")
-    save_file(dict(model.state_dict()), tmp_path / "own" / "model.safetensors")
+    GPT2Config(**GPT2).save_pretrained(tmp_path / "own")
+    tensors = {n: t.clone() for n, t in model.state_dict().items() if n != "lm_head.weight"}
+    save_file(tensors, tmp_path / "own" / "model.safetensors")
     (tmp_path / "own_model.py").write_text(ORIGINAL)
     arguments = ("own", "--factory", "own_model.py:build")
     done = command(tmp_path, *arguments, "--reference", "original", "--json", "report.json")

@@ -308,3 +308,23 @@ def test_a_model_config_says_whether_it_plans_a_latent_cache():
 
     assert isinstance(ModelConfig.use_mla, property)
     assert "VLLM_MLA_DISABLE" in inspect.getsource(ModelConfig.use_mla.fget)
+
+
+def test_packed_products_are_there_for_float32_and_for_bf16_where_the_processor_has_them():
+    assert _vllm_cpu.packs(torch.float32)
+    assert _vllm_cpu.packs(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_products_give_a_row_the_same_bits_in_any_batch(dtype):
+    if not _vllm_cpu.packs(dtype):
+        pytest.skip(f"no packed products in {dtype} on this processor")
+    packer = _vllm_cpu.CpuPacker(exact=False)
+    weight, x = torch.randn(96, 64).to(dtype), torch.randn(33, 64).to(dtype)
+    kernel = packer.pack(weight)
+    whole = packer.multiply(x, None, kernel.handle, 96)
+    torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight))
+    for rows in range(1, 34):
+        assert torch.equal(packer.multiply(x[:rows], None, kernel.handle, 96), whole[:rows]), rows
+    if dtype == torch.bfloat16:
+        assert torch.equal(whole, torch.nn.functional.linear(x, weight))

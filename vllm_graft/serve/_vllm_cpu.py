@@ -179,6 +179,20 @@ def latent_scratch(
     return cache.view(num_blocks, LATENT_BLOCK_SIZE, -1), LatentBatch.of(cu_seqlens, table)
 
 
+@functools.cache
+def packs(dtype: torch.dtype) -> bool:
+    """Whether this processor has packed products in `dtype`: bf16 ones need AVX-512."""
+    from vllm import _custom_ops as ops
+
+    if not ops._supports_onednn:
+        return False
+    try:
+        ops.create_onednn_mm(torch.zeros(32, 32, dtype=dtype).t(), 32)
+    except RuntimeError:  # oneDNN has no such primitive; vLLM's own layers go without it too
+        return False
+    return True
+
+
 class CpuPacker:
     """vLLM's packed oneDNN products, by which its own linear layers serve on CPU.
 
@@ -187,15 +201,14 @@ class CpuPacker:
     """
 
     def __init__(self, *, exact: bool) -> None:
-        self._dtypes = (torch.bfloat16,) if exact else (torch.bfloat16, torch.float32)
+        wanted = (torch.bfloat16,) if exact else (torch.bfloat16, torch.float32)
+        self._dtypes = tuple(dtype for dtype in wanted if packs(dtype))
 
     def takes(self, weight: torch.Tensor) -> bool:
         """Whether `weight` is a matrix that may be packed."""
-        from vllm import _custom_ops as ops
-
         plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
         fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
-        return fits and weight.device.type == "cpu" and ops._supports_onednn
+        return fits and weight.device.type == "cpu"
 
     def pack(self, weight: torch.Tensor) -> OneDnnKernel:
         """A packed copy of `[M, K]`."""

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vllm_graft import norms
 from vllm_graft.products import packed_product
 
 _UNEVEN_ROWS = 12
@@ -30,6 +31,7 @@ def make_exact(model: nn.Module) -> None:
 
     Parameters and names stay. Modules with a forward of their own are left alone.
     """
+    norms.find_kernel()
     _give_forwards(model, _EXACT)
 
 
@@ -153,12 +155,12 @@ def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == "cpu" and compiled_serving():
+    if x.device.type == "cpu" and compiled_serving() and not norms.takes(module, x):
         out: torch.Tensor = torch.ops.vllm_graft.rms_norm(
             x, module.normalized_shape, module.weight, module.eps
         )
         return out
-    return F.rms_norm(x, module.normalized_shape, module.weight, module.eps)
+    return norms.forward(module, x)
 
 
 def _layer_norm_forward(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:

@@ -328,3 +328,15 @@ def test_packed_products_give_a_row_the_same_bits_in_any_batch(dtype):
         assert torch.equal(packer.multiply(x[:rows], None, kernel.handle, 96), whole[:rows]), rows
     if dtype == torch.bfloat16:
         assert torch.equal(whole, torch.nn.functional.linear(x, weight))
+
+
+def test_the_norm_kernel_takes_whole_vectors_of_float32():
+    """`_C.rms_norm`; its bf16 form cuts numbers off where the processor has no bf16."""
+    kernel = _vllm_cpu.rms_norm_kernel()
+    assert kernel is not None
+    x, weight = torch.randn(5, 48), torch.randn(48)
+    for given in (weight, None):
+        want = torch.nn.functional.rms_norm(
+            x.double(), (48,), None if given is None else given.double(), 1e-5
+        )
+        assert relative_error(kernel(x, given, 1e-5), want) < 1e-6  # 48 squares in float32

@@ -7,6 +7,7 @@ R latent rank, P rope dims.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,6 +178,25 @@ def latent_scratch(
     cache = rows.new_zeros(num_blocks * LATENT_BLOCK_SIZE, rows.shape[-1])
     cache[slots] = rows
     return cache.view(num_blocks, LATENT_BLOCK_SIZE, -1), LatentBatch.of(cu_seqlens, table)
+
+
+def rms_norm_kernel() -> Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor] | None:
+    """VLLM's RMS norm as `norms.Kernel`, None where this build has none for CPU.
+
+    Relies on `_C.rms_norm(out, input, weight, epsilon)`, up to 0.32.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return None
+    from vllm import _custom_ops  # noqa: F401 - loads the library of operations
+
+    def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        out = torch.empty_like(x)
+        torch.ops._C.rms_norm(out, x, weight, eps)
+        return out
+
+    return rms_norm
 
 
 @functools.cache

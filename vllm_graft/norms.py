@@ -1,0 +1,93 @@
+"""RMS norms by one kernel, eager and compiled: vLLM's, which knows nothing of other rows.
+
+PyTorch's own is a chain of operations on CPU, which the compiler puts together in another
+order of additions. Torch only where vLLM is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.function import once_differentiable
+
+Kernel = Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
+"""`[..., D]` float32, weight `[D]` float32 or None, eps to `[..., D]` float32; no gradient."""
+
+
+class _State:
+    # A plain attribute: torch.compile traces reads of it.
+    kernel: Kernel | None = None
+
+
+def find_kernel() -> None:
+    """Look for vLLM's kernel, once; without it norms are PyTorch's."""
+    if _State.kernel is None and find_spec("vllm") is not None:
+        from vllm_graft.serve import _vllm_cpu
+
+        _State.kernel = _vllm_cpu.rms_norm_kernel()
+
+
+def takes(module: nn.RMSNorm, x: torch.Tensor) -> bool:
+    """Whether the kernel computes `module` on `x`."""
+    weight = module.weight
+    return (
+        _State.kernel is not None
+        and x.device.type == "cpu"
+        and len(module.normalized_shape) == 1
+        and x.shape[-1] % 16 == 0  # whole vectors, as the kernel wants
+        and (weight is None or weight.dtype == x.dtype)
+    )
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) -> torch.Tensor:
+    """`F.rms_norm` over the last dim in float32, rounded once; any shape `[..., D]`.
+
+    Call it where `takes` says so.
+    """
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    if torch.is_grad_enabled():
+        out: torch.Tensor = _RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+        return out
+    return _rms_norm(x, weight, eps)
+
+
+def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+    assert _State.kernel is not None  # noqa: S101 - `takes` said so
+    # In float32: on processors without bf16 instructions the kernel cuts bf16 numbers off.
+    wide = None if weight is None else weight.float()
+    return _State.kernel(x.float().contiguous(), wide, eps).to(x.dtype)
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.eps = eps
+        return _rms_norm(x, weight, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide, grad_normed = x.float(), grad.float()
+        scale = wide.square().mean(-1, keepdim=True).add_(ctx.eps).rsqrt_()
+        normed = wide * scale
+        grad_weight = None
+        if weight is not None:
+            rows = tuple(range(x.dim() - 1))
+            grad_weight = (grad_normed * normed).sum(rows).to(weight.dtype)
+            grad_normed = grad_normed * weight.float()
+        along = (grad_normed * normed).mean(-1, keepdim=True)
+        return ((grad_normed - normed * along) * scale).to(x.dtype), grad_weight, None
+
+
+def forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
+    """The forward of `module` by the kernel, or by PyTorch where it takes no such input."""
+    if takes(module, x):
+        return rms_norm(x, module.weight, module.eps)
+    return F.rms_norm(x, module.normalized_shape, module.weight, module.eps)

@@ -37,6 +37,15 @@ class Sum:
         ended = completion.finish_reason == "stop"
         return float(ended and completion.text == self.answer)
 
+    def likeness(self, completion: Any) -> float:
+        """The share of places where a `vllm.CompletionOutput` has the answer's character."""
+        return likeness(completion.text, self.answer)
+
+
+def likeness(made: str, answer: str) -> float:
+    """The share of places where `made` has the character of `answer`."""
+    return sum(a == b for a, b in zip(made, answer, strict=False)) / max(len(made), len(answer))
+
 
 def draw(generator: random.Random, count: int, digits: int) -> list[Sum]:
     """`count` random problems with numbers of `digits` digits."""

@@ -5,7 +5,7 @@ Legend: P problems, S samples of each, T sampled tokens of all P x S completions
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,12 +31,14 @@ class Rollout:
     """`[P, S]` float32."""
 
 
-def roll_out(llm: Any, problems: Sequence[Sum]) -> Rollout:
+def roll_out(
+    llm: Any, problems: Sequence[Sum], reward: Callable[[Sum, Any], float] = Sum.reward
+) -> Rollout:
     """Sample `SAMPLES` completions of every problem at temperature 1."""
     sampling = SamplingParams(n=SAMPLES, temperature=1.0, max_tokens=MAX_ANSWER, logprobs=0)
     outputs = llm.generate([p.prompt for p in problems], sampling, use_tqdm=False)
     pairs = [(output, c) for output in outputs for c in output.outputs]
-    rewards = [p.reward(c) for p, o in zip(problems, outputs, strict=True) for c in o.outputs]
+    rewards = [reward(p, c) for p, o in zip(problems, outputs, strict=True) for c in o.outputs]
     return Rollout(
         sequences=[[*output.prompt_token_ids, *c.token_ids] for output, c in pairs],
         prompt_lens=[len(output.prompt_token_ids) for output, _ in pairs],

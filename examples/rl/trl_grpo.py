@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from trl import GRPOConfig, GRPOTrainer
 from vllm import SamplingParams
 
-from examples.rl.arithmetic import MAX_ANSWER, build_tokenizer, draw
+from examples.rl.arithmetic import MAX_ANSWER, build_tokenizer, draw, likeness
 from examples.rl.policy import ENGINE, write_checkpoint
 from vllm_graft import TrainableLLM
 
@@ -85,11 +85,8 @@ def rollout(prompts: list[str], trainer: LiveTrainer) -> dict[str, list[Any]]:
 
 
 def reward(completions: list[str], answer: list[str], **_: Any) -> list[float]:
-    """The share of places where the completion has the answer's character."""
-    return [
-        sum(a == b for a, b in zip(made, right, strict=False)) / max(len(made), len(right))
-        for made, right in zip(completions, answer, strict=True)
-    ]
+    """TRL's reward function: `likeness` of each completion."""
+    return [likeness(made, right) for made, right in zip(completions, answer, strict=True)]
 
 
 def build_trainer(llm: TrainableLLM, steps: int, output: Path) -> LiveTrainer:

@@ -80,7 +80,7 @@ def _check_one_stage(parallel_context: Any) -> None:
 def _parallelize(model: Any, parallel_context: Any) -> Any:
     tp_size = parallel_context.get_tensor_parallel_world_size()
     shard_attention(model, tp_size)
-    _use_this_device()
+    use_this_device()
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.spmd_types import set_current_spmd_mesh, set_spmd_meshes
     from torchtitan.distributed.utils import set_spmd_backend
@@ -106,7 +106,7 @@ def _parallelize(model: Any, parallel_context: Any) -> Any:
     return mesh
 
 
-def _use_this_device() -> None:
+def use_this_device() -> None:
     """Let TorchTitan make meshes on a host without an accelerator, where it assumes CUDA."""
     # DeviceMesh gives axes of size 1 a fake group, known once this is imported.
     import torch.testing._internal.distributed.fake_pg

@@ -39,6 +39,7 @@ _HOME = {
     "OtherStage": "vllm_graft.stage",
     "TrainableLLM": "vllm_graft.train.llm",
     "TrainableAsyncLLM": "vllm_graft.train.async_llm",
+    "make_exact": "vllm_graft.exact",
     "verify_exactness": "vllm_graft.train.exactness",
     "ExactnessReport": "vllm_graft.train.exactness",
     "ServedOptimizer": "vllm_graft.train.optimizer",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
     from vllm_graft.attention.replace import (
         replace_with_trainable_attention as replace_with_trainable_attention,
     )
+    from vllm_graft.exact import make_exact as make_exact
     from vllm_graft.model import VLLMModelForCausalLM as VLLMModelForCausalLM
     from vllm_graft.parallel import ParallelContext as ParallelContext
     from vllm_graft.positions import packed as packed

@@ -9,6 +9,7 @@ else in a decoder was measured to agree.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from vllm_graft import norms
 from vllm_graft.products import packed_product
@@ -28,6 +30,12 @@ among others, from about 2,000 inputs on."""
 
 def make_exact(model: nn.Module) -> None:
     """Give each linear layer, norm, `nn.SiLU` and `nn.Sigmoid` its exact forward.
+
+    Engines do so with the models that they serve. A trainer in another process does it to
+    compute the engine's bits.
+
+    Args:
+        model: attention replaced; before `fully_shard`, compilation and the like.
 
     Parameters and names stay. Modules with a forward of their own are left alone.
     """
@@ -61,7 +69,43 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     if x.device.type == "cpu" and compiled_serving():
         out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
         return out
+    if torch.is_grad_enabled() and _slow_backward(x):
+        trained: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return trained
     return _linear(x, weight, bias)
+
+
+def _slow_backward(x: torch.Tensor) -> bool:
+    """Whether PyTorch has no bf16 kernel for gradients here, but one 20 times slower."""
+    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+
+
+@functools.cache
+def _multiplies_bf16() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class _Linear(torch.autograd.Function):
+    """`_linear`, with gradients by float32 products that are rounded once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        return _linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wide = grad.float().flatten(0, -2)
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            (wide @ weight.float()).view(x.shape).to(x.dtype) if of_x else None,
+            (wide.t() @ x.float().flatten(0, -2)).to(weight.dtype) if of_weight else None,
+            wide.sum(0).to(grad.dtype) if of_bias else None,
+        )
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

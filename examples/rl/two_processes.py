@@ -17,7 +17,7 @@ from vllm import LLM
 
 from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
 from examples.rl.policy import ENGINE
-from vllm_graft import packed, push_weights, register
+from vllm_graft import make_exact, packed, push_weights, register
 
 
 class TwoProcesses:
@@ -108,11 +108,12 @@ def engine_process(checkpoint: Path, seed: int) -> Iterator[Any]:
 
 
 def build_trainer(checkpoint: Path, dtype: torch.dtype) -> Any:
-    """The factory's module outside any engine, with the checkpoint's weights."""
+    """The factory's module outside any engine, with its arithmetic and the checkpoint's weights."""
     config = SimpleNamespace(
         hf_config=AutoConfig.from_pretrained(checkpoint),
         model_config=SimpleNamespace(max_model_len=ENGINE["max_model_len"], dtype=dtype),
     )
     model: Any = build_qwen3_torchtitan(config, None)
+    make_exact(model)
     model.load_weights(load_file(checkpoint / "model.safetensors").items())
     return model

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_graft import exact
 from vllm_graft.exact import make_exact
 from vllm_graft.precision import keep_table_precision, parameters_as
 
@@ -89,6 +90,28 @@ def test_exact_layers_differentiate():
     for module in (plain, layer):
         module(x).square().sum().backward()
     assert torch.allclose(layer.weight.grad, plain.weight.grad, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 48), (3, 48), (2, 7, 48)])
+def test_bf16_gradients_where_the_processor_has_no_bf16(shape, monkeypatch):
+    """The forward keeps its bits; gradients are those of float64, rounded once."""
+    monkeypatch.setattr(exact, "_multiplies_bf16", lambda: False)
+    torch.manual_seed(0)
+    layer = nn.Linear(48, 20).bfloat16()
+    wide = copy.deepcopy(layer).double()
+    x = torch.randn(shape).bfloat16().requires_grad_()
+    x_wide, grad = x.detach().double().requires_grad_(), torch.randn(*shape[:-1], 20).bfloat16()
+    make_exact(layer)
+    out = layer(x)
+    with torch.no_grad():
+        assert torch.equal(out, layer(x))
+    out.backward(grad)
+    wide(x_wide).backward(grad.double())
+    # Half a unit in the last of bf16's 8 bits, and the float32 sums before it.
+    close = {"rtol": 2**-8, "atol": 1e-5}
+    for got, want in ((x, x_wide), *zip(layer.parameters(), wide.parameters(), strict=True)):
+        assert got.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(got.grad.double(), want.grad, **close)
 
 
 def test_a_layer_with_a_forward_of_its_own_is_left_alone():

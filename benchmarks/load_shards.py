@@ -4,8 +4,9 @@
 
 Writes a random Qwen3 checkpoint (bf16, two layers as wide as an 8B model's, 1.3 GB) and two
 copies to a temporary folder, starts two ranks, and has each load its half of TorchTitan's
-Qwen3 from vLLM's own safetensors iterator. `--num-experts 64` makes it a mixture of experts,
-`--expert-parallel` gives each rank half of those. Three figures, as parts of the checkpoint:
+Qwen3 (`--arch MegatronModel`: Megatron's) from vLLM's own safetensors iterator. `--num-experts 64`
+makes it a mixture of experts, `--expert-parallel` gives each rank half of those. Three figures, as
+parts of the checkpoint:
 
 - *taken*: bytes that operations read out of the mapped tensors. Views read nothing.
 - *from disk, alone*: `read_bytes` of /proc/self/io while loading a copy that only this rank
@@ -34,6 +35,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = 2
+ARCHS = ("Qwen3TorchTitan", "MegatronModel")
 MB = 1_000_000
 
 
@@ -86,21 +88,28 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
     return sum(parameter.nbytes for parameter in model.parameters())
 
 
-def build(folder: Path, *, expert_parallel: bool) -> Any:
-    """This rank's half of TorchTitan's Qwen3."""
+def build(folder: Path, arch: str, *, expert_parallel: bool) -> Any:
+    """This rank's half of the model."""
     from transformers import AutoConfig
 
-    from examples.custom_models.qwen3_torchtitan import build_qwen3_torchtitan
     from vllm_graft import ParallelContext
+    from vllm_graft.serve.importing import Importable, locate
+    from vllm_graft.serve.registry import BUILT_IN
+
+    class Context(ParallelContext):
+        """Without vLLM: these ranks are all there are."""
+
+        def get_tp_process_group(self) -> Any:
+            return dist.group.WORLD
 
     vllm_config = SimpleNamespace(
         hf_config=AutoConfig.from_pretrained(folder),
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=512),
     )
-    context = ParallelContext(
+    context = Context(
         tensor_model_parallel_size=RANKS, expert_parallel_size=RANKS if expert_parallel else 1
     )
-    return build_qwen3_torchtitan(vllm_config, context)
+    return locate(Importable.parse(BUILT_IN[arch]))(vllm_config, context)
 
 
 def stream(folder: Path, taken: Taken) -> Iterator[tuple[str, torch.Tensor]]:
@@ -139,18 +148,18 @@ def drop_cache(folder: Path) -> None:
         os.close(file)
 
 
-def rank_main(folder: Path, *, expert_parallel: bool) -> None:
+def rank_main(folder: Path, arch: str, *, expert_parallel: bool) -> None:
     """One rank: load from its own copy, then from the one that all share."""
     dist.init_process_group("gloo")
     rank = dist.get_rank()
-    model = build(folder / "shared", expert_parallel=expert_parallel)
+    model = build(folder / "shared", arch, expert_parallel=expert_parallel)
     alone = load(model, folder / f"rank{rank}")
     both = load(model, folder / "shared")
     (folder / f"{rank}.json").write_text(json.dumps({"alone": alone, "both": both}))
     dist.destroy_process_group()
 
 
-def measure(sizes: dict[str, int], *, expert_parallel: bool) -> dict[str, Any]:
+def measure(sizes: dict[str, int], arch: str, *, expert_parallel: bool) -> dict[str, Any]:
     """Write a checkpoint, load it on two ranks, return the figures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -161,7 +170,7 @@ def measure(sizes: dict[str, int], *, expert_parallel: bool) -> dict[str, Any]:
             drop_cache(copy)
         command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={RANKS}"]
         command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", __file__]
-        command += ["--rank-of", name, *["--expert-parallel"] * expert_parallel]
+        command += ["--rank-of", name, "--arch", arch, *["--expert-parallel"] * expert_parallel]
         subprocess.run(command, stdout=sys.stderr, check=True)
         ranks = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {
@@ -190,16 +199,17 @@ def main() -> None:
     defaults = {"hidden_size": 4096, "intermediate_size": 12288, "vocab_size": 32000}
     for name, value in {**defaults, "num_hidden_layers": 2, "num_experts": 0}.items():
         parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    parser.add_argument("--arch", choices=ARCHS, default=ARCHS[0], help="default: %(default)s")
     parser.add_argument("--expert-parallel", action="store_true", help="whole experts per rank")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--rank-of", type=Path, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     out, folder = options.pop("json"), options.pop("rank_of")
-    expert_parallel = options.pop("expert_parallel")
+    arch, expert_parallel = options.pop("arch"), options.pop("expert_parallel")
     if folder is not None:
-        rank_main(folder, expert_parallel=expert_parallel)
+        rank_main(folder, arch, expert_parallel=expert_parallel)
         return
-    figures = measure(options, expert_parallel=expert_parallel)
+    figures = measure(options, arch, expert_parallel=expert_parallel)
     print(table(figures))
     if out is not None:
         out.write_text(json.dumps(figures, indent=2))

@@ -13,9 +13,10 @@ from vllm_graft.stage import other_stages
 from vllm_graft.weights.account import Account, LoadReport, Missing, missing_text
 from vllm_graft.weights.errors import WeightError, nearest
 from vllm_graft.weights.fp8 import SUFFIX, Halves, check_scale, is_block_fp8
+from vllm_graft.weights.mapped import MappedFiles
 from vllm_graft.weights.mapping import NameMap, NameMapping, Place
 from vllm_graft.weights.reading import Reading
-from vllm_graft.weights.shards import rows_of
+from vllm_graft.weights.shards import is_share, rows_of
 from vllm_graft.weights.slots import Slot, slots, tensor_in, tied_names
 from vllm_graft.weights.write import check, holds, put, wide_float
 
@@ -48,6 +49,7 @@ class Load:
     def __init__(self, names: dict[Slot, str]) -> None:
         self.account = Account(names)
         self.halves = Halves()
+        self.files = MappedFiles()
         self.reports: list[LoadReport] = []
         self._loaders: list[_Loader] = []
 
@@ -159,6 +161,8 @@ class _Loader:
         self._load = load
         self._other_stages = tuple(f"{place}." for place in other_stages(model))
         self._names.check_targets(self._slots, self._other_stages)
+        tensors = [tensor_in(slot) for slot in self._slots.values()]
+        self._is_part = bool(self._other_stages) or any(map(is_share, tensors))
         parameters = {id(p) for p in model.parameters()}
         for name, slot in self._slots.items():
             tensor = tensor_in(slot)
@@ -169,6 +173,7 @@ class _Loader:
 
     def take(self, name: str, tensor: torch.Tensor, report: LoadReport) -> None:
         """Place one checkpoint tensor, or note why it has no place."""
+        self._is_mapped(tensor)  # Those that this rank leaves out are not read ahead either.
         place, weight_name = self._names(name), name
         is_scale = name.endswith(SUFFIX) and (place is None or place.target is None)
         if is_scale:
@@ -202,9 +207,14 @@ class _Loader:
             tensor, scale = halves
             check_scale(name, tensor, scale)
             report.loaded[name + SUFFIX] = str(place)
-        self._write(name, tensor, place, Reading(place.order, scale))
+        reading = Reading(place.order, scale, mapped=self._is_mapped(tensor))
+        self._write(name, tensor, place, reading)
         report.loaded[name] = str(place)
         report.numel += tensor.numel()
+
+    def _is_mapped(self, tensor: torch.Tensor) -> bool:
+        """Whether parts of `tensor` are to be read from a mapped file."""
+        return self._is_part and self._load.files.holds(tensor)
 
     def _write(self, name: str, tensor: torch.Tensor, place: Place, reading: Reading) -> None:
         account, target = self._load.account, str(place.target)

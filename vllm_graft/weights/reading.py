@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_graft.weights.fp8 import dequantize
+from vllm_graft.weights.mapped import announce
 from vllm_graft.weights.rows import RowOrder
 from vllm_graft.weights.shards import Region, select
 
@@ -23,6 +24,8 @@ class Reading:
     """Its rows come in another order."""
     scale: torch.Tensor | None = None
     """It is block FP8 with these scales, checked by `check_scale`."""
+    mapped: bool = False
+    """It lies in a mapped file, which has to be told what will be read of it."""
 
     def take(self, tensor: torch.Tensor, region: Region, dtype: torch.dtype) -> torch.Tensor:
         """The values in `region`, a view of `tensor` where they need nothing.
@@ -34,6 +37,8 @@ class Reading:
         """
         if self.order is not None:
             region = (self.order.indices[region[0]], *region[1:])
+        if self.mapped:
+            announce(tensor, region)
         if self.scale is not None:
             return dequantize(tensor, self.scale, dtype, region)
         return select(tensor, region)

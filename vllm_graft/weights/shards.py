@@ -53,6 +53,11 @@ def whole_shape(tensor: torch.Tensor) -> torch.Size:
     return torch.Size(shape)
 
 
+def is_share(tensor: torch.Tensor) -> bool:
+    """Whether this rank holds a part of the whole only."""
+    return local(tensor).shape != whole_shape(tensor)
+
+
 def region_of(tensor: torch.Tensor) -> tuple[slice, ...]:
     """The part of the whole that this rank's `tensor` is."""
     shape, start = tuple(tensor.shape), [0] * tensor.dim()

@@ -207,7 +207,9 @@ def gathered_gradient(parameter: torch.Tensor) -> torch.Tensor:
     return whole(grad)
 
 
-def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+def python(
+    code: str, *arguments: str, limit_s: int = 300, **env: str
+) -> subprocess.CompletedProcess[str]:
     """Run `code` in a fresh interpreter of this environment, from the repository root."""
     return subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -215,6 +217,6 @@ def python(code: str, *arguments: str, **env: str) -> subprocess.CompletedProces
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=limit_s,
         check=False,
     )

@@ -1,4 +1,4 @@
-"""`vllm-graft serve --tensor-parallel-size 2`: the tokens of one rank, and an end when a worker dies."""
+"""`vllm-graft serve` on two ranks or two stages: the tokens of one, and an end when a worker dies."""
 
 from __future__ import annotations
 
@@ -43,18 +43,26 @@ def ask(client: openai.OpenAI) -> list[list[int]]:
     return [choice.token_ids for choice in completion.choices]
 
 
-@pytest.mark.parametrize("mode", [["--enforce-eager"], []], ids=["eager", "compiled"])
-def test_two_ranks_answer_as_one(mode, checkpoint, alone, tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("axis", "worker", "mode"),
+    [
+        ("tensor", "VLLM::Worker_TP1", ["--enforce-eager"]),
+        ("tensor", "VLLM::Worker_TP1", []),
+        ("pipeline", "VLLM::Worker_PP1", ["--enforce-eager"]),
+    ],
+    ids=["tensor eager", "tensor compiled", "pipeline eager"],
+)
+def test_two_workers_answer_as_one(axis, worker, mode, checkpoint, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     port, log = free_port(), tmp_path / "server.log"
     command = [sys.executable, "-m", "vllm_graft.cli", "serve", str(checkpoint), "--arch", ARCH]
     command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
-    command += ["--tensor-parallel-size", "2", "--served-model-name", "tiny", *mode]
+    command += [f"--{axis}-parallel-size", "2", "--served-model-name", "tiny", *mode]
     client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
     with served(command, log) as server:
         wait_until_up(server, client, log)
         assert ask(client) == alone
         everyone = started_by(server)
-        members(server, "VLLM::Worker_TP1")[0].kill()
+        members(server, worker)[0].kill()
         assert_all_end([psutil.Process(server.pid), *everyone])
     assert "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)" in log.read_text()

@@ -22,6 +22,7 @@ MAKE = {
 
 MAX_TOKENS = {"qwen3": 40, "qwen3_moe": 40, "deepseek_v3": 8}
 """The latent kernel is slow."""
+LIMIT_S = 900
 PROMPT_TOKENS = 767
 """Of the nine prompts, but for the first of each, which has no log-probability."""
 
@@ -48,7 +49,7 @@ def run(family, checkpoint, tmp_path, *, threads=2, ranks=1, **options):
         torchrun(ranks, "tests.dist.exactness_worker", *arguments)
     else:
         cores = "0" if threads == 1 else "0-1"
-        done = python(WORKER, *arguments, VLLM_CPU_OMP_THREADS_BIND=cores)
+        done = python(WORKER, *arguments, limit_s=LIMIT_S, VLLM_CPU_OMP_THREADS_BIND=cores)
         assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in range(ranks)]
     for one in seen:

@@ -56,6 +56,16 @@ def test_fewer_kv_heads_than_ranks_are_named(target, my_checkpoint, tmp_path):
     assert_refused(target, checkpoint, ONE_KV_HEAD[target])
 
 
+def test_query_heads_that_the_ranks_cannot_share_are_named(tmp_path):
+    """By vLLM, from the configuration, before it calls any factory."""
+    target = next(iter(ONE_KV_HEAD))
+    sizes = {"num_attention_heads": 3, "num_key_value_heads": 3}
+    checkpoint = qwen3_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1, **sizes)
+    for refusal in refusals(target, checkpoint):
+        assert "Total number of attention heads (3) must be divisible by" in refusal, refusal
+        assert "tensor parallel size (2)" in refusal
+
+
 def assert_refused(target, checkpoint, reason):
     """Every rank says the reason and the right order, and none serves."""
     for refusal in refusals(target, checkpoint):

@@ -65,10 +65,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         `[..., M]`.
     """
-    # The compiler moves bias and residual additions across the rounding of the product.
     if x.device.type == "cpu" and compiled_serving():
-        out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
-        return out
+        return _traced_linear(x, weight, bias)
     if torch.is_grad_enabled() and _slow_backward(x):
         trained: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return trained
@@ -106,6 +104,20 @@ class _Linear(torch.autograd.Function):
             (wide.t() @ x.float().flatten(0, -2)).to(weight.dtype) if of_weight else None,
             wide.sum(0).to(grad.dtype) if of_bias else None,
         )
+
+
+def _traced_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """`_linear` without a branch on the number of rows: one graph serves them all.
+
+    Such a graph believes that there are two rows at least, so a lone one is not asked for
+    but follows from the remainder.
+    """
+    rows = x.shape[:-1].numel()
+    missing = -rows % (4 if x.dtype == torch.float32 else 2)
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+    return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -256,11 +268,6 @@ def define_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"vllm_graft::{name}", fake, lib=_LIBRARY)
 
 
-define_op(
-    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
-    _linear,
-    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
-)
 define_op("silu(Tensor x) -> Tensor", _silu, torch.empty_like)
 define_op("sigmoid(Tensor x) -> Tensor", _sigmoid, torch.empty_like)
 define_op(

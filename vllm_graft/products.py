@@ -128,7 +128,7 @@ class Packed:
         # Compiled code holds this very tensor.
         self._handle = torch.zeros(1, dtype=torch.int64)
         self._bias: torch.Tensor | None = None
-        self._seen: list[tuple[int, int, int]] = []
+        self._seen: list[_Seen] = []
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         self.released = False
@@ -144,7 +144,6 @@ class Packed:
         if index == len(self._rows) - 1:
             self._input = self._output = None
         if len(self._rows) == 1:
-            # No view: Megatron rewraps those by a write to `.data`, which does not compile.
             return out
         end = self._ends[index]
         return out[..., end - self._rows[index] : end]
@@ -152,7 +151,7 @@ class Packed:
     def refresh(self) -> None:
         """Pack anew if a weight or bias was exchanged, moved or written by an operation."""
         self._input = self._output = None
-        if not self.released and self._look() != self._seen:
+        if not self.released and not (self._seen and all(map(_unchanged, self._seen))):
             self.pack()
 
     def shares(self, weights: set[int]) -> bool:
@@ -201,16 +200,26 @@ class Packed:
             columns = self._packer.multiply(some, None, self._handle, self._ends[-1])
             weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
 
-    def _look(self) -> list[tuple[int, int, int]]:
+    def _look(self) -> list[_Seen]:
         names = ("weight", "bias") if self._with_bias else ("weight",)
-        tensors = [member._parameters[name] for member in self._members for name in names]
-        return [(id(tensor), tensor._version, tensor.data_ptr()) for tensor in tensors]
+        held = [(member._parameters, name) for member in self._members for name in names]
+        return [(h, n, h[n], h[n]._version, h[n].data_ptr()) for h, n in held]
 
     def unpack(self) -> None:
         """Undo it all: the layers multiply by their weights again."""
         self.restore()
         for member in self._members:
             delattr(member, ATTRIBUTE)
+
+
+_Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
+"""Where a tensor is kept, itself, its version and its address, when it was last packed."""
+
+
+def _unchanged(seen: _Seen) -> bool:
+    # Called for every weight before every step.
+    held, name, tensor, version, address = seen
+    return held[name] is tensor and tensor._version == version and tensor.data_ptr() == address
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -141,6 +141,9 @@ def _row(module: Any, input_: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor 
         return found
     several = module.input_size_per_partition != module.input_size
     out = exact.product(module, input_, None)
+    if exact.compiled_serving():
+        # A view: Megatron rewraps those by a write to `.data`, which does not compile.
+        out = out.clone()
     if several:
         out = megatron_parallel.reduce(out, module.tp_group)
     if module.skip_bias_add or module.bias is None:

@@ -331,8 +331,10 @@ def extend_compile_key(vllm_config: Any, digest: str) -> None:
 def emulate_eager_rounding(vllm_config: Any) -> None:
     """Let compiled bf16 code round where eager code does.
 
-    Inductor keeps fused intermediates in float32, so compiled log-probabilities
-    would differ from the training forward's. A value set by the user stays.
+    Inductor keeps fused intermediates in float32, and its pattern matcher adds biases and
+    residuals to products before they are rounded, so compiled log-probabilities would differ
+    from the training forward's. Values set by the user stay.
     """
     config = vllm_config.compilation_config.inductor_compile_config
     config.setdefault("emulate_precision_casts", True)
+    config.setdefault("pattern_matcher", False)

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.exact import define_op
+from vllm_graft.exact import compiled_serving
 from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
@@ -240,8 +240,15 @@ class CpuPacker:
         self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
     ) -> torch.Tensor:
         """`[..., K]` to `[..., rows]`; see `products.Packer`."""
-        out: torch.Tensor = torch.ops.vllm_graft.onednn_linear(x, bias, handle, rows)
-        return out
+        count = x.shape[:-1].numel()
+        flat = x.reshape(count, x.shape[-1])
+        # A lone row would be rounded in another way than among others. Compiled code has one
+        # graph for all numbers of rows and believes that they are two at least.
+        if compiled_serving() or count == 1:
+            flat = F.pad(flat, (0, 0, 0, count % 2))
+        out = flat.new_empty(flat.shape[0], rows)
+        torch.ops._C.onednn_mm(out, flat.contiguous(), bias, handle)
+        return out[:count].view(*x.shape[:-1], rows)
 
 
 @dataclass(frozen=True)
@@ -255,22 +262,3 @@ class OneDnnKernel:
         """The address of the handler, `[1]` int64."""
         address: torch.Tensor = self.handler.handler_tensor.view(1)
         return address
-
-
-def _onednn_linear(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
-) -> torch.Tensor:
-    count = x.shape[:-1].numel()
-    flat = x.reshape(count, x.shape[-1])
-    # A lone row would be rounded in another way than among others.
-    flat = F.pad(flat, (0, 0, 0, 1)) if count == 1 else flat.contiguous()
-    out = flat.new_empty(len(flat), rows)
-    torch.ops._C.onednn_mm(out, flat, bias, handle)
-    return out[:count].view(*x.shape[:-1], rows)
-
-
-define_op(
-    "onednn_linear(Tensor x, Tensor? bias, Tensor handle, int rows) -> Tensor",
-    _onednn_linear,
-    lambda x, bias, handle, rows: x.new_empty(*x.shape[:-1], rows),
-)

@@ -133,10 +133,11 @@ def test_gradients_equal_a_float64_reference(checkpoint, mode):
             assert relative_error(parameter.grad, packed[name]) < 1e-5, name
 
 
-def test_checkpointed_layers_and_autocast_give_the_same_bits(checkpoint):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_checkpointed_layers_and_autocast_give_the_same_bits(checkpoint, dtype):
     from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-    with trainable(checkpoint) as llm:
+    with trainable(checkpoint, dtype=dtype) as llm:
         tokens = prompts((3, 140))
         lengths = [len(p) for p in tokens]
         params = settings([{}] * 2)

@@ -190,3 +190,7 @@ def test_pushes_into_another_process_leave_nothing_behind(tmp_path, monkeypatch)
     print(f"MiB {[value >> 20 for value in memory[:: PUSHES // 10]]}")
     assert not grows(memory, 20)
     assert grows(leaking(memory, 2 * 20 * KEPT), 20)
+    # A process that ended stays as a zombie until Python looks for it.
+    children = psutil.Process().children(recursive=True)
+    alive = [child.name() for child in children if child.status() != psutil.STATUS_ZOMBIE]
+    assert not [name for name in alive if name.startswith("VLLM")]

@@ -10,7 +10,7 @@ from tests.dist.launch import torchrun
 from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
 from tests.support import python, qwen3_checkpoint
 
-pytestmark = [pytest.mark.engine, pytest.mark.slow]
+pytestmark = [pytest.mark.engine, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 WORKER = "import runpy, sys; runpy.run_module('tests.dist.exactness_worker', run_name='__main__')"
 MAKE = {

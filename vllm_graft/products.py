@@ -1,16 +1,16 @@
-"""Linear layers that serve by packed copies of their weights: the same bits, sooner.
+"""Linear layers that serve together, and by packed copies of their weights.
 
-A fast kernel wants a weight in a layout of its own. Layers that read the same input
-share one packed copy and one product. The parameters stay as they are, one for each
-layer; what is packed from them is made anew when they changed. A process that only
-serves can give their memory back.
+Layers that read the same input share one product. Where a fast kernel wants weights in a
+layout of its own, they share a packed copy, made anew when they changed; a process that
+only serves can give back the memory of what is packed. Elsewhere (`joined.py`) their weights
+lie in one storage. The parameters stay, one for each layer under its own name.
 
 Torch only: who packs is an argument. Legend: `[..., K]` inputs, `[..., M]` outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -101,7 +101,7 @@ def packed_product(
 class _Place:
     """Where a layer finds its product."""
 
-    packed: Packed
+    packed: Group
     index: int
 
     def __reduce__(self) -> Any:
@@ -113,20 +113,16 @@ def _nothing() -> None:
     return None
 
 
-class Packed:
-    """One packed copy of the weights of layers that read the same input."""
+class Group:
+    """Layers that read the same input, and the one product by which they serve."""
 
-    def __init__(self, members: Sequence[Call], packer: Packer) -> None:
+    def __init__(self, members: Sequence[Call]) -> None:
         self._members: tuple[Any, ...] = tuple(call.module for call in members)
         self._with_bias = members[0].with_bias
-        self._packer = packer
         # Held, since vLLM's reload puts stand-ins into the modules for a while.
         self._weights: list[nn.Parameter] = [member.weight for member in self._members]
         self._rows = [weight.shape[0] for weight in self._weights]
         self._ends = list(accumulate(self._rows))
-        self._kernel: Kernel | None = None
-        # Compiled code holds this very tensor.
-        self._handle = torch.zeros(1, dtype=torch.int64)
         self._bias: torch.Tensor | None = None
         self._seen: list[_Seen] = []
         self._input: torch.Tensor | None = None
@@ -135,11 +131,19 @@ class Packed:
         for index, member in enumerate(self._members):
             setattr(member, ATTRIBUTE, _Place(self, index))
 
+    def pack(self) -> None:
+        """Take the weights as they are now."""
+        raise NotImplementedError
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., K]` to the outputs of all members, one behind the other."""
+        raise NotImplementedError
+
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`[..., M]` of member `index`; one product for all, made for the first of them."""
         out = self._output
         if out is None or self._input is not x:
-            out = self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
+            out = self.multiply(x)
             self._input, self._output = x, out
         if index == len(self._rows) - 1:
             self._input = self._output = None
@@ -155,8 +159,40 @@ class Packed:
             self.pack()
 
     def shares(self, weights: set[int]) -> bool:
-        """Whether one of `weights`, by id, is packed here."""
+        """Whether one of `weights`, by id, is in here."""
         return any(id(weight) in weights for weight in self._weights)
+
+    def release(self) -> None:
+        """Give back the memory of weights that have a copy here."""
+
+    def restore(self, *, values: bool = True) -> None:
+        """Take back `release`; without `values` the memory only."""
+
+    def _look(self) -> list[_Seen]:
+        names = ("weight", "bias") if self._with_bias else ("weight",)
+        held = [(member._parameters, name) for member in self._members for name in names]
+        return [(h, n, h[n], h[n]._version, h[n].data_ptr()) for h, n in held]
+
+    def unpack(self) -> None:
+        """Undo it all: the layers multiply by their weights again."""
+        self.restore()
+        for member in self._members:
+            delattr(member, ATTRIBUTE)
+
+
+class Packed(Group):
+    """One packed copy of the weights of layers that read the same input."""
+
+    def __init__(self, members: Sequence[Call], packer: Packer) -> None:
+        super().__init__(members)
+        self._packer = packer
+        self._kernel: Kernel | None = None
+        # Compiled code holds this very tensor.
+        self._handle = torch.zeros(1, dtype=torch.int64)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """By the packed copy."""
+        return self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
 
     def pack(self) -> None:
         """Pack the weights as they are now."""
@@ -200,17 +236,6 @@ class Packed:
             columns = self._packer.multiply(some, None, self._handle, self._ends[-1])
             weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
 
-    def _look(self) -> list[_Seen]:
-        names = ("weight", "bias") if self._with_bias else ("weight",)
-        held = [(member._parameters, name) for member in self._members for name in names]
-        return [(h, n, h[n], h[n]._version, h[n].data_ptr()) for h, n in held]
-
-    def unpack(self) -> None:
-        """Undo it all: the layers multiply by their weights again."""
-        self.restore()
-        for member in self._members:
-            delattr(member, ATTRIBUTE)
-
 
 _Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
 """Where a tensor is kept, itself, its version and its address, when it was last packed."""
@@ -226,12 +251,12 @@ def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
-def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
-    """Packed copies for the layers that ran, for those in a row with the same input together."""
+def siblings(calls: Iterable[Call], takes: Callable[[torch.Tensor], bool]) -> list[list[Call]]:
+    """The layers that ran and whose weights are taken, those in a row with one input together."""
     groups: list[list[Call]] = []
     known: set[nn.Module] = set()
     for call in calls:
-        if call.module in known or not packer.takes(call.module.weight):
+        if call.module in known or not takes(call.module.weight):
             continue
         known.add(call.module)
         before = groups[-1][-1] if groups else None
@@ -239,7 +264,12 @@ def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
             groups[-1].append(call)
         else:
             groups.append([call])
-    return [Packed(group, packer) for group in groups]
+    return groups
+
+
+def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
+    """Packed copies for the layers that ran."""
+    return [Packed(group, packer) for group in siblings(calls, packer.takes)]
 
 
 def restore_weights(model: nn.Module) -> None:

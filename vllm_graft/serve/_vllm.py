@@ -277,6 +277,13 @@ def serves_exactly(vllm_config: Any) -> bool:
     return chosen
 
 
+def batch_invariant() -> bool:
+    """Whether vLLM multiplies on a card so that a row does not depend on its batch."""
+    from vllm import envs
+
+    return bool(envs.VLLM_BATCH_INVARIANT)
+
+
 def packing(vllm_config: Any) -> str:
     """What becomes of weights that are packed: `"release"`, `"keep"`, or `"off"`.
 

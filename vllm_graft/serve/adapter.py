@@ -19,10 +19,11 @@ from vllm_graft.exact import make_exact, take_products
 from vllm_graft.families.handwritten import PlainForCausalLM
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
-from vllm_graft.serve import _vllm, _vllm_pp
+from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp
 from vllm_graft.serve.body import make_body
 from vllm_graft.serve.dry_run import DryRun
 from vllm_graft.serve.kv import bind, new_forward
+from vllm_graft.serve.linears import all_running, convert_linears, converted, layer_finder
 from vllm_graft.serve.loading import Loading
 from vllm_graft.serve.packing import packing_for
 from vllm_graft.serve.ranks import check_ranks_differ, naming_rank
@@ -58,11 +59,21 @@ class GraftForCausalLM(nn.Module):
     arch: ClassVar[str]
     supports_pp: ClassVar[bool] = True
     """vLLM asks before there is a model to ask; `build` refuses those that say no."""
+    # vLLM's `SupportsLoRA`: layers become its own where `build` converts them.
+    supports_lora: ClassVar[bool] = True
+    is_3d_moe_weight: ClassVar[bool] = False
+    is_non_gated_moe: ClassVar[bool] = False
+    embedding_modules: ClassVar[dict[str, str]] = {}
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {}
+    lora_skip_prefixes: ClassVar[list[str]] = []
+    lora_manager: Any = None
 
     @naming_rank()
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__()
+        self.config = vllm_config.model_config.hf_config
         self.model = build(self.arch, vllm_config)
+        self._linears = converted(self.model)
         self._stage = Stage.of(vllm_config)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
@@ -145,6 +156,11 @@ class GraftForCausalLM(nn.Module):
     @naming_rank()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load; see `Loading.take`."""
+        if self._linears and self._loading.closed:
+            raise ValueError(
+                f"{self.arch}: weights cannot be changed while quantization or LoRA is on, since "
+                "vLLM's layers hold them in another form; start the engine without"
+            )
         self.packing.before_load(whole=on_meta(self.model))
         written = self._loading.take(weights)
         return None if written is None else {f"model.{name}" for name in written}
@@ -158,9 +174,13 @@ class GraftForCausalLM(nn.Module):
         self._check_ranks()
         dry_run = self._dry_run()
         with evaluating(self._user_modules()):
-            with products.watching() as calls:
+            with products.watching() as calls, all_running(self.arch, self._linears):
                 dry_run.run()
             self.packing.start(calls, dry_run.hidden)
+        if self._linears:
+            finder = layer_finder(self.arch, self, self._loading.mappings)
+            self.hf_to_vllm_mapper = _vllm_linear.names_of_adapters(finder)
+            self._loading.close()
 
     def _check_ranks(self) -> None:
         context = ParallelContext.from_config(self._parallel_config)
@@ -208,6 +228,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     _check_model(arch, model)
     _check_ranks_supported(arch, model, context)
     _check_stages_supported(arch, model, context)
+    convert_linears(arch, model, vllm_config)
     shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))

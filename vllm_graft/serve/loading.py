@@ -15,6 +15,7 @@ from torch import nn
 
 from vllm_graft.weights.account import LoadReport, Missing
 from vllm_graft.weights.load import Load, WeightError
+from vllm_graft.weights.mapping import NameMapping
 from vllm_graft.weights.rows import Part
 from vllm_graft.weights.sentinel import Sentinels
 from vllm_graft.weights.shards import rows_of
@@ -38,6 +39,10 @@ class Loading:
         """Why the model must not be served: a load broke off or left something out."""
         self.report = LoadReport()
         """Where the tensors of the last whole load went."""
+        self.mappings: list[tuple[nn.Module, NameMapping]] = []
+        """The modules of that load and their name mappings."""
+        self.closed = False
+        """Whether no further load can come."""
         self._arch = arch
         self._model = model
         self._names = tied_names(model)
@@ -85,6 +90,7 @@ class Loading:
             unwritten = self._sentinels.unwritten()
             self._stop_marking()
             self.report = self._load.report()
+            self.mappings = self._load.mappings()
             self._tell(self.report)
             self.refusal = self._verdict(unwritten)
             self._load = Load(self._names)
@@ -92,6 +98,12 @@ class Loading:
             raise WeightError(f"{self._arch}: {self.refusal}")
         first, self._complete_once = not self._complete_once, True
         return first
+
+    def close(self) -> None:
+        """Take no further load, and hold none of the tensors that were loaded."""
+        self.closed = True
+        self._tensors, self._parameters, self._names = {}, {}, {}
+        self._load = Load({})
 
     def _tell(self, report: LoadReport) -> None:
         logger.info("%s: %s", self._arch, str(report).splitlines()[0])

@@ -28,6 +28,7 @@ def engine_options(
             "TrainableLLM needs the model's factory (factory='module:attr' or a callable) or the "
             "name of a registered architecture (arch='...')"
         )
+    _refuse_conversion(options)
     if factory is not None:
         arch = arch or _name_for(factory)
         register(arch, factory)
@@ -41,6 +42,15 @@ def engine_options(
         "hf_overrides": {**overrides, "architectures": [arch]},
         "additional_config": {**extra, EXACT_OPTION: exact},
     }
+
+
+def _refuse_conversion(options: dict[str, Any]) -> None:
+    for name in ("quantization", "enable_lora"):
+        if options.get(name):
+            raise ValueError(
+                f"TrainableLLM with {name}={options[name]!r}: the engine would hold the weights "
+                "in another form than the trainer's; leave it out, or serve with vllm.LLM"
+            )
 
 
 def _name_for(factory: Callable[..., nn.Module] | str) -> str:

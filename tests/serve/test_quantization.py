@@ -1,0 +1,59 @@
+"""Quantization on load, registered with vLLM, of external models and of vLLM's own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import vllm_graft
+from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
+from tests.quantized import NAME, Int8Linear
+from tests.support import (
+    adapter,
+    engine,
+    generate,
+    live_module,
+    prompts,
+    qwen3_checkpoint,
+    sampled_logprobs,
+)
+from vllm_graft.serve.linears import converted
+
+pytestmark = pytest.mark.engine
+
+TOKENS = prompts((1, 5, 17, 64))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    vllm_graft.register(ARCH, build_qwen3_torchtitan)
+    return qwen3_checkpoint(tmp_path_factory.mktemp("quantized"))
+
+
+def said(llm) -> tuple[list[list[int]], list[float]]:
+    completions = generate(llm, TOKENS, max_tokens=32)
+    tokens = [list(c.token_ids) for c in completions]
+    return tokens, [x for c in completions for x in sampled_logprobs(c)]
+
+
+def test_every_layer_is_quantized_and_says_what_vllms_own_model_says(checkpoint):
+    with engine(checkpoint, ARCH, dtype="float32", quantization=NAME) as llm:
+        layers = converted(live_module(llm))
+        methods = {type(layer.quant_method) for layer in layers.values()}
+        left = [name for name, layer in layers.items() if layer.weight is not None]
+        head = live_module(llm).model.lm_head.weight.dtype
+        mine = said(llm)
+        with pytest.raises(ValueError, match="weights cannot be changed while quantization"):
+            adapter(llm).load_weights(iter([]))
+    with engine(checkpoint, dtype="float32", quantization=NAME) as llm:
+        stock = said(llm)
+    with engine(checkpoint, ARCH, dtype="float32") as llm:
+        exact = said(llm)
+    assert len(layers) == 3 * 7
+    # vLLM's kernel holds the int8 weight in its own layout and drops the parameter.
+    assert (methods, left, head) == ({Int8Linear}, [], torch.float32)
+    assert mine[0] == stock[0]
+    # The same int8 products; norms, RoPE and attention in fp32 add in another order, which may
+    # move an activation across a rounding border.
+    assert mine[1] == pytest.approx(stock[1], abs=1e-2)
+    assert mine[1] != pytest.approx(exact[1], abs=1e-3)

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 
 import vllm_graft
 from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
+from tests.serve.test_push import trainer
 from tests.support import adapter, engine, prompts, qwen3_checkpoint, sampled_logprobs
+from vllm_graft.train.targets import BACKEND
 
 pytestmark = pytest.mark.engine
 
@@ -104,7 +106,8 @@ def results(tmp_path_factory):
     tensors = lora_tensors(checkpoint)
     options = {"dtype": "float32", "enable_lora": True, "max_lora_rank": 8}
     found: dict[str, Any] = {}
-    with engine(checkpoint, ARCH, **options) as llm:
+    receiving = {"weight_transfer_config": {"backend": BACKEND}}
+    with engine(checkpoint, ARCH, **options, **receiving) as llm:
         found["base"] = run(llm)
         found["hf"] = run(llm, request(hf, 1))
         found["inner"] = run(llm, request(inner, 2))
@@ -112,6 +115,8 @@ def results(tmp_path_factory):
         with pytest.raises(Exception, match=r"no layer of the model") as refused:
             llm.llm_engine.add_lora(request(wrong, 4))
         found["refusal"] = str(refused.value)
+        with pytest.raises(Exception, match="cannot be changed while"):
+            vllm_graft.push_weights(trainer(checkpoint), llm)
         found["again"] = run(llm)
         held = adapter(llm)._loading
         found["held"] = len(held._tensors) + len(held._parameters)

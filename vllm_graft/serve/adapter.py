@@ -120,6 +120,18 @@ class GraftForCausalLM(nn.Module):
         if self._loading.refusal is not None:
             raise WeightError(f"{self.arch} refuses to serve: {self._loading.refusal}")
 
+    def check_changeable(self) -> None:
+        """Raise if the weights cannot be loaded anew.
+
+        Raises:
+            ValueError: vLLM's layers hold them in another form.
+        """
+        if self._loading.closed:
+            raise ValueError(
+                f"{self.arch}: weights cannot be changed while quantization or LoRA is on, since "
+                "vLLM's layers hold them in another form; start the engine without"
+            )
+
     def refuse(self, reason: str) -> None:
         """Serve nothing until a whole load has gone through."""
         self._loading.give_up(reason)
@@ -156,11 +168,7 @@ class GraftForCausalLM(nn.Module):
     @naming_rank()
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str] | None:
         """Let the user's module load; see `Loading.take`."""
-        if self._linears and self._loading.closed:
-            raise ValueError(
-                f"{self.arch}: weights cannot be changed while quantization or LoRA is on, since "
-                "vLLM's layers hold them in another form; start the engine without"
-            )
+        self.check_changeable()
         self.packing.before_load(whole=on_meta(self.model))
         written = self._loading.take(weights)
         return None if written is None else {f"model.{name}" for name in written}

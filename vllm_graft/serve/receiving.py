@@ -112,6 +112,7 @@ class Receiver:
         model = self._hooks.model
         if not isinstance(model, GraftForCausalLM):
             raise WeightError(f"the engine serves {type(model).__name__}, not a model of Graft's")
+        model.check_changeable()
         return model
 
     def _broke_off(self, push: Any, reason: str) -> bool:

@@ -42,7 +42,8 @@ docs: $(STAMP) ## Build the documentation into site/
 bench: $(STAMP) ## Measure against vLLM's own Qwen3 and its Transformers backend
 	mkdir -p runs
 	$(BIN)/vllm-graft bench --shape 0.5b --arch Qwen3TorchTitan \
-		--against vllm --against transformers --json runs/bench.json
+		--against vllm --against transformers --batch-size 1 --batch-size 8 --batch-size 32 \
+		--dtype bfloat16 --json runs/bench.json --png runs/bench.png
 
 lock: $(STAMP) ## Resolve requirements/cpu.in into requirements/cpu.txt
 	$(BIN)/python scripts/lock.py

@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
+from safetensors.torch import save_file
 
+from vllm_graft.bench.ceilings import ceilings, decode_limit, prefill_limit, weights_read
 from vllm_graft.bench.machine import OtherLoad, machine, rss_gib, versions
+from vllm_graft.bench.plot import draw
 from vllm_graft.bench.process import WorkerError
 from vllm_graft.bench.report import as_json, ratios, tables
 from vllm_graft.bench.run import contenders, usable_round
@@ -36,12 +40,12 @@ def measured(name: str, seconds: list[tuple[float, float]], startup_s: float = 1
         engine_s=startup_s,
         rss_gib=1.0,
         peak_rss_gib=2.0,
-        rounds=[Round(prefill_s=p, total_s=p + d, first_tokens=(1, 2)) for p, d in seconds],
+        rounds={2: [Round(prefill_s=p, total_s=p + d, first_tokens=(1, 2)) for p, d in seconds]},
     )
 
 
 def test_rates_count_prompt_tokens_and_tokens_after_the_first() -> None:
-    (one,) = measured("graft", [(0.5, 2.0)]).rounds
+    (one,) = measured("graft", [(0.5, 2.0)]).rounds[2]
     assert one.prefill_rate(WORKLOAD) == 100 / 0.5
     assert one.decode_rate(WORKLOAD) == 20 / 2.0
 
@@ -50,23 +54,60 @@ def test_ratios_are_paired_by_round_before_the_median() -> None:
     """A machine that slows down for one whole round leaves the ratio alone."""
     graft = measured("graft", [(1.0, 1.0), (3.0, 3.0), (1.0, 2.0)], startup_s=4.0)
     peer = measured("vllm", [(2.0, 1.5), (6.0, 4.5), (1.0, 2.0)])
-    found = ratios(graft, peer, WORKLOAD)
-    assert found["prefill"] == pytest.approx(2.0)
-    assert found["decode"] == pytest.approx(1.5)
+    found = ratios(graft, peer, [WORKLOAD])
     assert found["startup"] == found["cold_startup"] == pytest.approx(4.0)
-    assert found["peak_memory"] == pytest.approx(1.0)
-    assert found["same_first_token"] == 1.0
+    assert found["peak_memory"] == found["memory"] == pytest.approx(1.0)
+    paired = found["batches"]["2"]
+    assert paired == pytest.approx({"prefill": 2.0, "decode": 1.5, "same_first_token": 1.0})
+
+
+CEILINGS = {"bytes_per_s": 1e9, "bytes_per_number": 2, "flops_per_s": 8e9, "weights": 10**7}
+
+
+def test_a_step_reads_all_weights_or_multiplies_by_them_whichever_takes_longer() -> None:
+    assert decode_limit(CEILINGS, 1) == pytest.approx(1 / 0.02)
+    assert decode_limit(CEILINGS, 16) == pytest.approx(16 / 0.04)
+    assert prefill_limit(CEILINGS) == pytest.approx(400)
+    assert decode_limit({**CEILINGS, "weights": None}, 1) is None
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_table_that_is_looked_up_is_not_read(tied: bool, tmp_path: Path) -> None:
+    tensors = {"model.embed_tokens.weight": torch.zeros(7, 4), "model.norm.weight": torch.zeros(4)}
+    if not tied:
+        tensors["lm_head.weight"] = torch.zeros(7, 4)
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert weights_read(tmp_path) == 7 * 4 + 4
+
+
+def test_experts_have_no_fixed_number_of_weights_to_read(tmp_path: Path) -> None:
+    save_file({"layers.0.mlp.experts.0.up_proj.weight": torch.zeros(2)}, tmp_path / "m.safetensors")
+    assert weights_read(tmp_path) is None
+
+
+def test_ceilings_are_measured(tmp_path: Path) -> None:
+    save_file({"lm_head.weight": torch.zeros(3, 2)}, tmp_path / "model.safetensors")
+    found = ceilings(tmp_path, "bfloat16", dict(os.environ))
+    assert found["weights"] == 6 and found["bytes_per_number"] == 2
+    assert found["bytes_per_s"] > 1e8 and found["flops_per_s"] > 1e8
+
+
+def test_picture_of_a_report(tmp_path: Path) -> None:
+    results = [measured(name, [(1.0, 2.0)]) for name in ("graft", "vllm")]
+    settings = {"enforce_eager": True, "dtype": "bfloat16", "checkpoint": "mine"}
+    draw(as_json(results, [WORKLOAD], settings, CEILINGS), tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_report_has_medians_rounds_ratios_and_no_host_name() -> None:
     seconds = [(1.0, 1.0), (2.0, 4.0), (4.0, 2.0)]
     results = [measured(name, seconds) for name in ("graft", "vllm", "transformers")]
-    report = json.loads(json.dumps(as_json(results, WORKLOAD, {"enforce_eager": True})))
-    assert report["contenders"]["graft"]["prefill"] == 50.0
-    assert report["contenders"]["graft"]["decode"] == 10.0
-    assert len(report["contenders"]["vllm"]["rounds"]) == 3
+    report = json.loads(json.dumps(as_json(results, [WORKLOAD], {"enforce_eager": True}, CEILINGS)))
+    rates = report["contenders"]["graft"]["batches"]["2"]
+    assert (rates["prefill"], rates["decode"], len(rates["rounds"])) == (50.0, 10.0, 3)
     assert set(report["ratios"]) == {"vllm", "transformers"}
-    assert report["ratios"]["vllm"]["decode"] == 1.0
+    assert report["ratios"]["vllm"]["batches"]["2"]["decode"] == 1.0
+    assert report["ceilings"]["limits"]["2"]["prefill"] == pytest.approx(400)
     assert os.uname().nodename not in json.dumps(report["machine"])
 
 
@@ -74,8 +115,9 @@ def shown(other_load: float) -> str:
     """The report on a terminal after rounds with this much load from others."""
     results = [measured("graft", [(1.0, 1.0)]), measured("vllm", [(2.0, 2.0)])]
     for result in results:
-        result.rounds = [replace(r, other_load=other_load) for r in result.rounds]
-    report = as_json(results, WORKLOAD, {"enforce_eager": True, "dtype": "bfloat16"})
+        result.rounds = {2: [replace(r, other_load=other_load) for r in result.rounds[2]]}
+    settings = {"enforce_eager": True, "dtype": "bfloat16"}
+    report = as_json(results, [WORKLOAD], settings, CEILINGS)
     console = Console(width=120, file=io.StringIO())
     console.print(tables(report))
     text = console.file.getvalue()  # type: ignore[attr-defined]
@@ -157,7 +199,7 @@ def test_stock_peers_know_nothing_of_graft(monkeypatch: pytest.MonkeyPatch) -> N
 def test_variants_are_the_same_model_with_other_options(monkeypatch: pytest.MonkeyPatch) -> None:
     made = entrants({}, monkeypatch)
     assert "Mine" in made["graft-fast"].env[registry.ENV]
-    other = {"additional_config": {"vllm_graft_exact": False}}
+    other = {"additional_config": {"vllm_graft_packing": "release", "vllm_graft_exact": False}}
     assert made["graft-fast"].llm == {**made["graft"].llm, **other}
 
 
@@ -186,12 +228,17 @@ def test_tiny_run_end_to_end(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     command = [sys.executable, "-m", "vllm_graft.cli", "bench", "--shape", "tiny"]
     command += ["--arch", "Qwen3TorchTitan", "--against", "vllm", "--rounds", "1"]
-    command += ["--batch-size", "2", "--prompt-len", "16", "--output-len", "4"]
+    command += ["--batch-size", "1", "--batch-size", "2", "--prompt-len", "16"]
+    command += ["--output-len", "4", "--png", str(tmp_path / "report.png")]
     command += ["--dtype", "bfloat16", "--enforce-eager", "--json", str(path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "Graft over" in done.stdout
     report: dict[str, Any] = json.loads(path.read_text())
-    figures = [report["ratios"]["vllm"][key] for key in ("prefill", "decode", "startup")]
+    ratio = report["ratios"]["vllm"]
+    paired = [ratio["batches"][batch] for batch in ("1", "2")]
+    figures = [p[key] for p in paired for key in ("prefill", "decode")] + [ratio["startup"]]
+    figures.append(report["contenders"]["graft"]["python_us"])
     assert all(math.isfinite(figure) and figure > 0 for figure in figures)
-    assert report["ratios"]["vllm"]["same_first_token"] == 1.0
+    assert [p["same_first_token"] for p in paired] == [1.0, 1.0]
+    assert (tmp_path / "report.png").is_file()

@@ -86,6 +86,13 @@ class Worker:
         reply = self._ask(do="memory")
         return reply["rss_gib"], reply["peak_rss_gib"]
 
+    def python_us(self, workload: Workload) -> float:
+        """Microseconds of a decode step in Graft's Python around the model; see `overhead`."""
+        reply = self._ask(
+            do="python", prompt_len=workload.prompt_len, output_len=workload.output_len
+        )
+        return float(reply["python_us"])
+
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101
         try:

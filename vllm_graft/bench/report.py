@@ -10,40 +10,73 @@ from rich import box
 from rich.console import Group
 from rich.table import Table
 
+from vllm_graft.bench.ceilings import decode_limit, prefill_limit
 from vllm_graft.bench.machine import machine, versions
-from vllm_graft.bench.spec import GRAFT, Measured, Workload
+from vllm_graft.bench.spec import GRAFT, Measured, Round, Workload
 
-SCHEMA = 1
+SCHEMA = 2
 QUIET = 0.1
 """Part of the machine that others may use before the report warns."""
 
 
 def as_json(
-    results: list[Measured], workload: Workload, settings: dict[str, Any]
+    results: list[Measured],
+    workloads: list[Workload],
+    settings: dict[str, Any],
+    ceilings: dict[str, Any],
 ) -> dict[str, Any]:
     """The whole report: medians, ratios, every round, and how it was made.
 
     Args:
         results: Graft first.
-        workload: that was measured.
+        workloads: that were measured, one for each batch size.
         settings: flags worth recording (checkpoint, dtype, eager or compiled).
+        ceilings: what `bench.ceilings` found.
     """
     graft, *peers = results
     return {
         "schema": SCHEMA,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "settings": settings,
-        "workload": vars(workload),
+        "workloads": [vars(workload) for workload in workloads],
         "machine": machine(),
         "versions": versions(),
-        "contenders": {r.contender.name: summary(r, workload) for r in results},
-        "ratios": {peer.contender.name: ratios(graft, peer, workload) for peer in peers},
+        "ceilings": {**ceilings, "limits": limits(ceilings, workloads)},
+        "contenders": {r.contender.name: summary(r, workloads) for r in results},
+        "ratios": {peer.contender.name: ratios(graft, peer, workloads) for peer in peers},
     }
 
 
-def summary(result: Measured, workload: Workload) -> dict[str, Any]:
-    """Medians and rounds of one contender: tokens/s, seconds, GiB."""
-    rounds = [
+def limits(ceilings: dict[str, Any], workloads: list[Workload]) -> dict[str, Any]:
+    """Tokens/s by batch size that the machine's memory and products allow."""
+    return {
+        str(workload.batch_size): {
+            "prefill": prefill_limit(ceilings),
+            "decode": decode_limit(ceilings, workload.batch_size),
+        }
+        for workload in workloads
+    }
+
+
+def summary(result: Measured, workloads: list[Workload]) -> dict[str, Any]:
+    """Starts (seconds), memory (GiB), and tokens/s by batch size of one contender."""
+    return {
+        "cold_startup_s": result.cold_startup_s,
+        "startup_s": result.startup_s,
+        "engine_s": result.engine_s,
+        "peak_rss_gib": result.peak_rss_gib,
+        "rss_gib": result.rss_gib,
+        "python_us": result.python_us,
+        "batches": {
+            str(workload.batch_size): _rates(result.rounds[workload.batch_size], workload)
+            for workload in workloads
+        },
+    }
+
+
+def _rates(rounds: list[Round], workload: Workload) -> dict[str, Any]:
+    """Medians and rounds at one batch size."""
+    rows = [
         {
             "prefill_s": r.prefill_s,
             "total_s": r.total_s,
@@ -51,29 +84,33 @@ def summary(result: Measured, workload: Workload) -> dict[str, Any]:
             "decode": r.decode_rate(workload),
             "other_load": r.other_load,
         }
-        for r in result.rounds
+        for r in rounds
     ]
+    medians = {key: median(row[key] for row in rows) for key in ("prefill", "decode", "other_load")}
+    return {**medians, "rounds": rows}
+
+
+def ratios(graft: Measured, peer: Measured, workloads: list[Workload]) -> dict[str, Any]:
+    """Graft over peer.
+
+    Above 1 Graft is faster in `prefill` and `decode`, and slower or larger in
+    `cold_startup`, `startup`, `memory` (at the end) and `peak_memory`.
+    """
     return {
-        "prefill": median(r["prefill"] for r in rounds),
-        "decode": median(r["decode"] for r in rounds),
-        "cold_startup_s": result.cold_startup_s,
-        "startup_s": result.startup_s,
-        "engine_s": result.engine_s,
-        "other_load": median(r["other_load"] for r in rounds),
-        "peak_rss_gib": result.peak_rss_gib,
-        "rss_gib": result.rss_gib,
-        "rounds": rounds,
+        "cold_startup": graft.cold_startup_s / peer.cold_startup_s,
+        "startup": graft.startup_s / peer.startup_s,
+        "memory": graft.rss_gib / peer.rss_gib,
+        "peak_memory": graft.peak_rss_gib / peer.peak_rss_gib,
+        "batches": {
+            str(w.batch_size): _paired(graft.rounds[w.batch_size], peer.rounds[w.batch_size], w)
+            for w in workloads
+        },
     }
 
 
-def ratios(graft: Measured, peer: Measured, workload: Workload) -> dict[str, float]:
-    """Graft over peer. Rates are paired round by round, then the median is taken.
-
-    Above 1 Graft is faster in `prefill` and `decode`, and slower or larger in
-    `cold_startup`, `startup` and `peak_memory`. `same_first_token` is the share of sequences
-    whose first greedy token agrees.
-    """
-    pairs = list(zip(graft.rounds, peer.rounds, strict=True))
+def _paired(graft: list[Round], peer: list[Round], workload: Workload) -> dict[str, float]:
+    """Rates paired round by round, then the median; the share of equal first greedy tokens."""
+    pairs = list(zip(graft, peer, strict=True))
     tokens = [
         mine == theirs
         for g, p in pairs
@@ -82,28 +119,25 @@ def ratios(graft: Measured, peer: Measured, workload: Workload) -> dict[str, flo
     return {
         "prefill": median(p.prefill_s / g.prefill_s for g, p in pairs),
         "decode": median(g.decode_rate(workload) / p.decode_rate(workload) for g, p in pairs),
-        "cold_startup": graft.cold_startup_s / peer.cold_startup_s,
-        "startup": graft.startup_s / peer.startup_s,
-        "peak_memory": graft.peak_rss_gib / peer.peak_rss_gib,
         "same_first_token": sum(tokens) / len(tokens),
     }
 
 
-_LABELS = {
+LABELS = {
     GRAFT: "Graft",
     "vllm": "vLLM",
     "transformers": "Transformers",
     "graft-fast": "Graft, not exact",
+    "graft-training": "Graft, training",
+    "graft-unpacked": "Graft, unpacked",
 }
-_RATIOS = ("prefill", "decode", "cold_startup", "startup", "peak_memory")
 
 
 def tables(report: dict[str, Any]) -> Group:
     """The report for a terminal."""
-    parts: list[Table | str] = [_figures(report)]
-    if report["ratios"]:
-        parts.append(_ratios(report))
-    load = max(row["other_load"] for row in report["contenders"].values())
+    parts: list[Table | str] = [_speeds(report), _costs(report)]
+    batches = [b for row in report["contenders"].values() for b in row["batches"].values()]
+    load = max(batch["other_load"] for batch in batches)
     if load > QUIET:
         parts.append(
             f"Other processes used {load:.0%} of the machine during the rounds: the ratios are "
@@ -112,37 +146,56 @@ def tables(report: dict[str, Any]) -> Group:
     return Group(*parts)
 
 
-def _figures(report: dict[str, Any]) -> Table:
-    work = report["workload"]
+def _speeds(report: dict[str, Any]) -> Table:
+    first = report["workloads"][0]
     mode = "eager" if report["settings"]["enforce_eager"] else "compiled"
     table = _table(
-        f"{mode}, {report['settings']['dtype']}, {work['batch_size']} sequences of "
-        f"{work['prompt_len']} + {work['output_len']} tokens, median of {work['rounds']} rounds",
-        ("", "prefill tok/s", "decode tok/s", "first start s", "start s", "memory GiB"),
-    )
+        f"{mode}, {report['settings']['dtype']}, sequences of {first['prompt_len']} + "
+        f"{first['output_len']} tokens, median of {first['rounds']} rounds",
+        ("batch", "", "prefill tok/s", "decode tok/s", "Graft over it: prefill", "decode",
+         "same first token"),
+    )  # fmt: skip
+    for batch, limit in report["ceilings"]["limits"].items():
+        for name, row in report["contenders"].items():
+            rates = row["batches"][batch]
+            over = report["ratios"].get(name, {}).get("batches", {}).get(batch)
+            table.add_row(
+                batch if name == GRAFT else "",
+                LABELS[name],
+                f"{rates['prefill']:.0f}",
+                f"{rates['decode']:.1f}",
+                *([f"{over[key]:.2f}" for key in ("prefill", "decode")] if over else ["", ""]),
+                f"{over['same_first_token']:.0%}" if over else "",
+            )
+        if limit["decode"] is not None:
+            figures = (f"{limit['prefill']:.0f}", f"{limit['decode']:.1f}")
+            table.add_row("", "the machine's limit", *figures, "", "", "")
+    return table
+
+
+def _costs(report: dict[str, Any]) -> Table:
+    table = _table(
+        "starts, memory, Python",
+        ("", "first start s", "start s", "memory GiB", "peak GiB", "Python µs/step",
+         "Graft over it: start", "memory"),
+    )  # fmt: skip
     for name, row in report["contenders"].items():
+        over = report["ratios"].get(name)
+        python = "" if row["python_us"] is None else f"{row['python_us']:.0f}"
         table.add_row(
-            _LABELS[name],
-            f"{row['prefill']:.0f}",
-            f"{row['decode']:.1f}",
+            LABELS[name],
             f"{row['cold_startup_s']:.1f}",
             f"{row['startup_s']:.1f}",
+            f"{row['rss_gib']:.2f}",
             f"{row['peak_rss_gib']:.2f}",
+            python,
+            *([f"{over[key]:.2f}" for key in ("startup", "memory")] if over else ["", ""]),
         )
     return table
 
 
-def _ratios(report: dict[str, Any]) -> Table:
-    titles = ("Graft over", *(key.replace("_", " ") for key in _RATIOS), "same first token")
-    table = _table("", titles)
-    for name, row in report["ratios"].items():
-        figures = (f"{row[key]:.2f}" for key in _RATIOS)
-        table.add_row(_LABELS[name], *figures, f"{row['same_first_token']:.0%}")
-    return table
-
-
 def _table(title: str, columns: tuple[str, ...]) -> Table:
-    table = Table(title=title or None, title_justify="left", box=box.SIMPLE, pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("", "batch") else "right")
     return table

@@ -40,11 +40,11 @@ def contenders(
         user_env: the environment before anything was registered.
         cache: folder for compile caches; each contender gets an empty one.
     """
-    graft_env = {**_child_env(user_env, cache / GRAFT), REGISTRATIONS: os.environ[REGISTRATIONS]}
+    graft_env = {**child_env(user_env, cache / GRAFT), REGISTRATIONS: os.environ[REGISTRATIONS]}
     graft_llm = {**llm, "hf_overrides": {"architectures": [arch]}}
-    result = [Contender(name=GRAFT, llm=graft_llm, env=graft_env)]
+    result = [Contender(name=GRAFT, llm={**graft_llm, **VARIANTS[GRAFT]}, env=graft_env)]
     for name in peers:
-        env = _child_env(user_env, cache / name)
+        env = child_env(user_env, cache / name)
         if name in VARIANTS:
             env[REGISTRATIONS] = os.environ[REGISTRATIONS]
             result.append(Contender(name=name, llm={**graft_llm, **VARIANTS[name]}, env=env))
@@ -53,7 +53,8 @@ def contenders(
     return result
 
 
-def _child_env(user_env: Mapping[str, str], cache: Path) -> dict[str, str]:
+def child_env(user_env: Mapping[str, str], cache: Path) -> dict[str, str]:
+    """The environment of a contender whose compile caches are in `cache`."""
     defaults = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "INFO"}
     forced = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -65,19 +66,19 @@ def _child_env(user_env: Mapping[str, str], cache: Path) -> dict[str, str]:
     return env
 
 
-def steps(num_contenders: int, workload: Workload) -> int:
+def steps(num_contenders: int, workloads: list[Workload]) -> int:
     """How many steps `measure` tells of."""
-    return num_contenders * (workload.rounds + 3)
+    return num_contenders * (2 + sum(workload.rounds + 1 for workload in workloads))
 
 
 def measure(
-    entrants: list[Contender], workload: Workload, logs: Path, tell: Tell
+    entrants: list[Contender], workloads: list[Workload], logs: Path, tell: Tell
 ) -> list[Measured]:
-    """Start every contender, warm each up, and measure in turn (A B C A B C ...).
+    """Start every contender and measure in turn (A B C A B C ...), one workload after another.
 
     Args:
         entrants: who takes part; all engines stay alive until the end.
-        workload: of a round.
+        workloads: of the rounds, one for each batch size.
         logs: folder for one log file per contender.
         tell: told of progress.
 
@@ -85,20 +86,33 @@ def measure(
         WorkerError: a contender failed; names it and its log.
     """
     with ExitStack() as stack:
-        pairs = [_started(entrant, workload, logs, stack, tell) for entrant in entrants]
-        for number in range(1, workload.rounds + 1):
-            for worker, result in pairs:
-                time.sleep(_SETTLE_S)
-                with naming(worker.contender, logs):
-                    result.rounds.append(usable_round(worker, workload, seed=number))
-                tell(f"round {number} of {workload.rounds}: {worker.contender.name}", 1)
+        pairs = [_started(entrant, logs, stack, tell) for entrant in entrants]
+        for workload in workloads:
+            _take_turns(pairs, workload, logs, tell)
         for worker, result in pairs:
             result.rss_gib, result.peak_rss_gib = worker.memory()
+            if worker.contender.name in VARIANTS:
+                result.python_us = worker.python_us(workloads[0])
     return [result for _, result in pairs]
 
 
+def _take_turns(
+    pairs: list[tuple[Worker, Measured]], workload: Workload, logs: Path, tell: Tell
+) -> None:
+    batch = f"batch {workload.batch_size}"
+    for number in range(workload.rounds + 1):
+        for worker, result in pairs:
+            time.sleep(_SETTLE_S)
+            with naming(worker.contender, logs):
+                measured = usable_round(worker, workload, seed=number)
+            if number:
+                result.rounds.setdefault(workload.batch_size, []).append(measured)
+            what = f"round {number} of {workload.rounds}" if number else "warming up"
+            tell(f"{batch}, {what}: {worker.contender.name}", 1)
+
+
 def _started(
-    entrant: Contender, workload: Workload, logs: Path, stack: ExitStack, tell: Tell
+    entrant: Contender, logs: Path, stack: ExitStack, tell: Tell
 ) -> tuple[Worker, Measured]:
     """Start a contender with empty caches, and again with full ones; the second stays."""
     log = logs / f"{entrant.name}.log"
@@ -109,8 +123,6 @@ def _started(
         tell(f"{entrant.name}: second start", 1)
         worker = stack.enter_context(Worker(entrant, log))
         warm_s, engine_s = worker.start()
-        tell(f"{entrant.name}: warming up", 1)
-        worker.round(workload, seed=0)
     tell(f"{entrant.name}: ready", 1)
     return worker, Measured(
         contender=entrant, cold_startup_s=cold_s, startup_s=warm_s, engine_s=engine_s

@@ -11,6 +11,17 @@ from pathlib import Path
 from typing import Any
 
 SHAPES: dict[str, dict[str, Any]] = {
+    "60m": {
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+        "num_hidden_layers": 12,
+        "hidden_size": 512,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+        "intermediate_size": 1024,
+        "vocab_size": 32000,
+    },
     "0.5b": {
         "model_type": "qwen3",
         "use_sliding_window": False,
@@ -20,6 +31,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "head_dim": 128,
         "intermediate_size": 3072,
+        "vocab_size": 32000,
+    },
+    "1.5b": {
+        "model_type": "qwen3",
+        "use_sliding_window": False,
+        "num_hidden_layers": 28,
+        "hidden_size": 2048,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "intermediate_size": 5504,
         "vocab_size": 32000,
     },
     "deepseek": {
@@ -53,7 +75,8 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 512,
     },
 }
-"""Hugging Face config fields. `0.5b` is a Qwen3 of 506M parameters; `deepseek` is a DeepSeek V3
+"""Hugging Face config fields. `60m`, `0.5b` and `1.5b` are Qwen3s of 61M, 506M and 1,430M
+parameters; `deepseek` is a DeepSeek V3
 with real MLA head sizes and 16 experts. Embeddings are untied in all."""
 
 

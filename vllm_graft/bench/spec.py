@@ -12,9 +12,15 @@ PEERS: dict[str, dict[str, Any]] = {
 }
 """Peers, and what makes vLLM build them: its own model class, or its Transformers backend."""
 VARIANTS: dict[str, dict[str, Any]] = {
-    "graft-fast": {"additional_config": {"vllm_graft_exact": False}},
+    GRAFT: {"additional_config": {"vllm_graft_packing": "release"}},
+    "graft-fast": {
+        "additional_config": {"vllm_graft_packing": "release", "vllm_graft_exact": False}
+    },
+    "graft-training": {"additional_config": {"vllm_graft_packing": "keep"}},
+    "graft-unpacked": {"additional_config": {"vllm_graft_packing": "off"}},
 }
-"""The same Graft model with other options of `vllm.LLM`."""
+"""The same Graft model with other options of `vllm.LLM`: serving, without exactness, as
+`TrainableLLM` holds it, and that without packed copies."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,4 +94,7 @@ class Measured:
     """The part of `startup_s` in `vllm.LLM(...)`: load, compile, KV cache."""
     rss_gib: float = 0.0
     peak_rss_gib: float = 0.0
-    rounds: list[Round] = field(default_factory=list)
+    python_us: float | None = None
+    """Microseconds of a decode step in Graft's own Python around the model; of Graft only."""
+    rounds: dict[int, list[Round]] = field(default_factory=dict)
+    """By batch size."""

@@ -1,8 +1,8 @@
 """The child process of one contender: reads JSON commands, answers in JSON lines.
 
 Commands come on stdin: `{"do": "start", "llm": {...}}`, `{"do": "round", "seed": 1, ...}`,
-`{"do": "memory"}`; the end of stdin ends the process. What libraries print goes
-to stderr.
+`{"do": "memory"}`, `{"do": "python"}`; the end of stdin ends the process. What libraries
+print goes to stderr.
 """
 
 from __future__ import annotations
@@ -49,6 +49,14 @@ class Engine:
         """Resident memory in GiB."""
         now, peak = rss_gib()
         return {"rss_gib": now, "peak_rss_gib": peak}
+
+    def python(self, prompt_len: int, output_len: int) -> dict[str, float]:
+        """Microseconds of a decode step in Graft's own Python, for one sequence."""
+        from vllm_graft.bench.overhead import python_us
+
+        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        prompts = random_prompts(0, 1, prompt_len, vocabulary)
+        return {"python_us": python_us(self.llm, lambda: self._generate(prompts, output_len))}
 
     def _generate(self, prompts: list[list[int]], output_len: int) -> tuple[float, list[list[int]]]:
         from vllm import SamplingParams

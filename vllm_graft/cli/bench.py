@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,16 +16,18 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from vllm_graft.bench.ceilings import ceilings
+from vllm_graft.bench.plot import draw
 from vllm_graft.bench.process import WorkerError
 from vllm_graft.bench.report import as_json, tables
-from vllm_graft.bench.run import Tell, contenders, measure, read_once, steps
+from vllm_graft.bench.run import Tell, child_env, contenders, measure, read_once, steps
 from vllm_graft.bench.shapes import SHAPES, write_in_child
-from vllm_graft.bench.spec import PEERS, VARIANTS, Workload
+from vllm_graft.bench.spec import GRAFT, PEERS, VARIANTS, Workload
 from vllm_graft.cli.errors import CommandError, UsageError
 from vllm_graft.cli.options import MODEL, OUTPUT, Arch, Dtype, EnforceEager, Factory, MaxModelLen
 from vllm_graft.cli.target import register_target
 
-OTHERS = (*PEERS, *VARIANTS)
+OTHERS = (*PEERS, *(name for name in VARIANTS if name != GRAFT))
 
 _WORK = "Workload"
 MaybeCheckpoint = Annotated[
@@ -47,12 +50,20 @@ Against = Annotated[
         "--against",
         metavar="|".join(OTHERS),
         help="Compare with vLLM's own model class, its Transformers backend, or Graft without "
-        "exact serving; may be repeated.",
+        "exact serving, with weights as training keeps them, or without packed copies; may be "
+        "repeated.",
         rich_help_panel=_WORK,
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option("--batch-size", min=1, help="Sequences per round.", rich_help_panel=_WORK)
+    list[int] | None,
+    typer.Option(
+        "--batch-size",
+        min=1,
+        help="Sequences per round; may be repeated.",
+        show_default="8",
+        rich_help_panel=_WORK,
+    ),
 ]
 PromptLen = Annotated[
     int, typer.Option("--prompt-len", min=1, help="Tokens per prompt.", rich_help_panel=_WORK)
@@ -68,6 +79,10 @@ Rounds = Annotated[
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the report here.", rich_help_panel=OUTPUT),
+]
+PngFile = Annotated[
+    Path | None,
+    typer.Option("--png", metavar="FILE", help="Draw the report here.", rich_help_panel=OUTPUT),
 ]
 LogDir = Annotated[
     Path | None,
@@ -87,7 +102,7 @@ def bench(
     factory: Factory = None,
     shape: Shape = None,
     against: Against = None,
-    batch_size: BatchSize = 8,
+    batch_size: BatchSize = None,
     prompt_len: PromptLen = 64,
     output_len: OutputLen = 32,
     rounds: Rounds = 5,
@@ -95,6 +110,7 @@ def bench(
     max_model_len: MaxModelLen = None,
     enforce_eager: EnforceEager = False,
     json_file: JsonFile = None,
+    png_file: PngFile = None,
     log_dir: LogDir = None,
 ) -> None:
     """Measure prefill and decode tokens/s, startup time and peak memory.
@@ -103,21 +119,26 @@ def bench(
     turn, so a machine that slows down slows all of them.
     """
     peers = _check_names(against or [], shape)
-    _check_writable(json_file)
-    workload = Workload(
-        batch_size=batch_size, prompt_len=prompt_len, output_len=output_len, rounds=rounds
-    )
+    _check_writable("--json", json_file)
+    _check_writable("--png", png_file)
+    _check_plots(png_file)
+    workloads = [
+        Workload(batch_size=size, prompt_len=prompt_len, output_len=output_len, rounds=rounds)
+        for size in dict.fromkeys(batch_size or [8])
+    ]
     engine = {
         "dtype": dtype,
         "enforce_eager": enforce_eager,
-        "max_model_len": _context_length(workload, max_model_len),
+        "max_model_len": _context_length(workloads[0], max_model_len),
     }
     screen = Console(stderr=True, highlight=False)
     with _checkpoint(checkpoint, shape, screen) as folder, _logs(log_dir) as logs:
-        report = _run(folder, arch, factory, peers, workload, engine, logs, screen)
+        report = _run(folder, arch, factory, peers, workloads, engine, logs, screen)
     report["settings"]["checkpoint"] = f"random weights, {shape}" if shape else checkpoint
     if json_file is not None:
         json_file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if png_file is not None:
+        draw(report, png_file)
     Console(highlight=False).print(tables(report))
 
 
@@ -126,7 +147,7 @@ def _run(
     arch: str | None,
     factory: str | None,
     peers: list[str],
-    workload: Workload,
+    workloads: list[Workload],
     engine: dict[str, Any],
     logs: Path,
     screen: Console,
@@ -138,12 +159,13 @@ def _run(
     llm = {"model": checkpoint, **engine, **fixed}
     with tempfile.TemporaryDirectory(prefix="vllm-graft-bench-") as cache:
         entrants = contenders(arch=name, peers=peers, llm=llm, user_env=user_env, cache=Path(cache))
-        with progress(screen, steps(len(entrants), workload)) as tell:
+        limits = ceilings(Path(checkpoint), engine["dtype"], child_env(user_env, Path(cache)))
+        with progress(screen, steps(len(entrants), workloads)) as tell:
             try:
-                results = measure(entrants, workload, logs, tell)
+                results = measure(entrants, workloads, logs, tell)
             except WorkerError as error:
                 raise CommandError(str(error)) from error
-    return as_json(results, workload, {"architecture": name, **engine, **fixed})
+    return as_json(results, workloads, {"architecture": name, **engine, **fixed}, limits)
 
 
 def _check_names(peers: list[str], shape: str | None) -> list[str]:
@@ -155,10 +177,15 @@ def _check_names(peers: list[str], shape: str | None) -> list[str]:
     return list(dict.fromkeys(peers))
 
 
-def _check_writable(path: Path | None) -> None:
+def _check_writable(option: str, path: Path | None) -> None:
     """Find out before the measurement, not after it."""
     if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-        raise UsageError(f"--json {path}: expected a file in a folder that exists")
+        raise UsageError(f"{option} {path}: expected a file in a folder that exists")
+
+
+def _check_plots(path: Path | None) -> None:
+    if path is not None and find_spec("matplotlib") is None:
+        raise UsageError(f"--png {path}: plots need matplotlib: pip install matplotlib")
 
 
 def _context_length(workload: Workload, asked: int | None) -> int:

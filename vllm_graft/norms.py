@@ -16,12 +16,14 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 Kernel = Callable[[torch.Tensor, torch.Tensor | None, float], torch.Tensor]
-"""`[..., D]` float32, weight `[D]` float32 or None, eps to `[..., D]` float32; no gradient."""
+"""`[..., D]`, weight `[D]` of its dtype or None, eps to `[..., D]`; no gradient."""
 
 
 class _State:
-    # A plain attribute: torch.compile traces reads of it.
+    # Plain attributes: torch.compile traces reads of them.
     kernel: Kernel | None = None
+    narrow: tuple[torch.dtype, ...] = ()
+    """Dtypes in which the kernel computes in float32 and rounds once."""
 
 
 def find_kernel() -> None:
@@ -29,7 +31,18 @@ def find_kernel() -> None:
     if _State.kernel is None and find_spec("vllm") is not None:
         from vllm_graft.serve import _vllm_cpu
 
-        _State.kernel = _vllm_cpu.rms_norm_kernel()
+        _State.kernel = kernel = _vllm_cpu.rms_norm_kernel()
+        if kernel is not None:
+            narrow = (torch.bfloat16, torch.float16)
+            _State.narrow = tuple(dtype for dtype in narrow if _rounds_once(kernel, dtype))
+
+
+def _rounds_once(kernel: Kernel, dtype: torch.dtype) -> bool:
+    """Without instructions for bf16 the kernel cuts its numbers off."""
+    random = torch.Generator().manual_seed(0)
+    x, weight = (torch.randn(*shape, generator=random).to(dtype) for shape in ((64, 256), (256,)))
+    rounded = kernel(x.float(), weight.float(), 1e-6).to(dtype)
+    return torch.equal(kernel(x, weight, 1e-6), rounded)
 
 
 def takes(module: nn.RMSNorm, x: torch.Tensor) -> bool:
@@ -58,7 +71,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float | None) ->
 
 def _rms_norm(x: torch.Tensor, weight: torch.Tensor | None, eps: float) -> torch.Tensor:
     assert _State.kernel is not None  # noqa: S101 - `takes` said so
-    # In float32: on processors without bf16 instructions the kernel cuts bf16 numbers off.
+    if x.dtype in _State.narrow:
+        return _State.kernel(x.contiguous(), weight, eps)
     wide = None if weight is None else weight.float()
     return _State.kernel(x.float().contiguous(), wide, eps).to(x.dtype)
 

@@ -35,8 +35,13 @@ def test_norms_equal_a_float64_reference(grad, options):
         assert relative_error(module(x), want) < 3e-7  # 1,024 squares added in float32
 
 
+@pytest.mark.parametrize("by_float32", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_narrow_norms_are_the_float32_ones_rounded_once(dtype):
+def test_narrow_norms_are_the_float32_ones_rounded_once(dtype, by_float32, monkeypatch):
+    """By the kernel in this dtype, where it rounds so, and where it does not."""
+    norms.find_kernel()
+    if by_float32:
+        monkeypatch.setattr(norms._State, "narrow", ())
     module, x = normed(1024, dtype, eps=1e-6), torch.randn(2, 7, 1024).to(dtype)
     wide = normed(1024, torch.float32, eps=1e-6)
     wide[0].weight.data = module[0].weight.float()

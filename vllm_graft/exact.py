@@ -1,8 +1,8 @@
 """Layers that give a token the same bits in any batch, eager or compiled.
 
 Three things on CPU make a token's result depend on how it was computed:
-products take another kernel for few rows (float32) or one (bf16), float32 `silu` and `sigmoid`
-round the last numbers of each thread's share in another way, and compiled
+products add in an order that they choose by the number of rows (`tiles.py`), float32 `silu` and
+`sigmoid` round the last numbers of each thread's share in another way, and compiled
 norms add in another order than eager ones. They are taken out here; everything
 else in a decoder was measured to agree.
 """
@@ -21,11 +21,7 @@ from torch.autograd.function import once_differentiable
 
 from vllm_graft import norms
 from vllm_graft.products import packed_product
-
-_UNEVEN_ROWS = 12
-"""Below this many rows a float32 product on CPU depends on the row count (measured),
-unless the count is a multiple of 4. A bf16 product of one row is another than that row's
-among others, from about 2,000 inputs on."""
+from vllm_graft.tiles import Product, Rows, by_rows, cancelling, linear_rows, trial_rows, try_rows
 
 
 def make_exact(model: nn.Module) -> None:
@@ -65,17 +61,27 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     Returns:
         `[..., M]`.
     """
-    if x.device.type == "cpu" and compiled_serving():
+    if x.device.type != "cpu":
+        return F.linear(x, weight, bias)
+    if torch.is_autocast_enabled("cpu"):
+        x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
+    if compiled_serving():
         return _traced_linear(x, weight, bias)
-    if torch.is_grad_enabled() and _slow_backward(x):
+    plain = allowed_rows(x, weight).whole(x.shape[:-1].numel())
+    if torch.is_grad_enabled() and (_slow_backward(x) or not plain):
         trained: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return trained
     return _linear(x, weight, bias)
 
 
+def _autocast(x: torch.Tensor) -> torch.Tensor:
+    """As autocast gives it to a product; here, since the kernel is chosen by the dtype."""
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype("cpu"))
+
+
 def _slow_backward(x: torch.Tensor) -> bool:
     """Whether PyTorch has no bf16 kernel for gradients here, but one 20 times slower."""
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu" and not _multiplies_bf16()
+    return x.dtype == torch.bfloat16 and not _multiplies_bf16()
 
 
 @functools.cache
@@ -84,7 +90,7 @@ def _multiplies_bf16() -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """`_linear`, with gradients by float32 products that are rounded once."""
+    """`_linear`, with gradients by one product each, in float32 where bf16 would be slow."""
 
     @staticmethod
     def forward(
@@ -97,43 +103,54 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        wide = grad.float().flatten(0, -2)
+        dtype = torch.float32 if _slow_backward(x) else x.dtype
+        rows = grad.to(dtype).flatten(0, -2)
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            (wide @ weight.float()).view(x.shape).to(x.dtype) if of_x else None,
-            (wide.t() @ x.float().flatten(0, -2)).to(weight.dtype) if of_weight else None,
-            wide.sum(0).to(grad.dtype) if of_bias else None,
+            (rows @ weight.to(dtype)).view(x.shape).to(x.dtype) if of_x else None,
+            (rows.t() @ x.to(dtype).flatten(0, -2)).to(weight.dtype) if of_weight else None,
+            rows.sum(0).to(grad.dtype) if of_bias else None,
         )
+
+
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    allowed = allowed_rows(x, weight)
+    if allowed.whole(x.shape[:-1].numel()):
+        return F.linear(x, weight, bias)
+    flat = by_rows(lambda part: F.linear(part, weight, bias), x.flatten(0, -2), allowed)
+    return flat.view(*x.shape[:-1], -1)
+
+
+def allowed_rows(x: torch.Tensor, weight: torch.Tensor) -> Rows:
+    """By how many rows of `x` to multiply."""
+    # A DTensor multiplies by its shard.
+    held = weight.to_local() if hasattr(weight, "to_local") else weight
+    return linear_rows(by_weight, *held.shape, x.dtype, torch.get_num_threads())
+
+
+def by_weight(weight: torch.Tensor) -> Product:
+    """`F.linear`."""
+    return lambda x: F.linear(x, weight)
 
 
 def _traced_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """`_linear` without a branch on the number of rows: one graph serves them all.
-
-    Such a graph believes that there are two rows at least, so a lone one is not asked for
-    but follows from the remainder.
-    """
+    """`_linear` in one graph for all numbers of rows: traced where its kernel allows."""
+    step = _traced_step(*weight.shape, x.dtype)
+    if step is None:
+        out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
+        return out
     rows = x.shape[:-1].numel()
-    missing = -rows % (4 if x.dtype == torch.float32 else 2)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
+    # Such a graph believes that there are two rows at least, so a lone one is not asked for
+    # but follows from the remainder.
+    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % step))
     return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
 
 
-def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    rows = x.shape[:-1].numel()
-    missing = _missing_rows(x, rows)
-    if not missing:
-        return F.linear(x, weight, bias)
-    padded = F.pad(x.reshape(rows, -1), (0, 0, 0, missing))
-    return F.linear(padded, weight, bias)[:rows].reshape(*x.shape[:-1], -1)
-
-
-def _missing_rows(x: torch.Tensor, rows: int) -> int:
-    """Rows to add to `rows` of `x` for a product that gives each the same bits in any batch."""
-    if x.device.type != "cpu" or rows >= _UNEVEN_ROWS:
-        return 0
-    return -rows % 4 if x.dtype == torch.float32 else int(rows == 1)
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _traced_step(outputs: int, inputs: int, dtype: torch.dtype) -> int | None:
+    return linear_rows(by_weight, outputs, inputs, dtype, torch.get_num_threads()).step
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:
@@ -195,9 +212,22 @@ class _Sigmoid(torch.autograd.Function):
 
 def heads_product(x_TNK: torch.Tensor, weight_NKM: torch.Tensor) -> torch.Tensor:
     """One product per head, `[T, N, M]`, whose rows do not depend on how many there are."""
-    rows = x_TNK.shape[0]
-    padded = F.pad(x_TNK, (0, 0, 0, 0, 0, _missing_rows(x_TNK, rows)))
-    return torch.bmm(padded.transpose(0, 1), weight_NKM).transpose(0, 1)[:rows]
+    if x_TNK.device.type != "cpu":
+        return _by_heads(weight_NKM)(x_TNK)
+    allowed = _heads_rows(*weight_NKM.shape, x_TNK.dtype, torch.get_num_threads())
+    return by_rows(_by_heads(weight_NKM), x_TNK, allowed)
+
+
+def _by_heads(weight_NKM: torch.Tensor) -> Product:
+    return lambda x_TNK: torch.bmm(x_TNK.transpose(0, 1), weight_NKM).transpose(0, 1)
+
+
+@functools.cache
+def _heads_rows(heads: int, inputs: int, outputs: int, dtype: torch.dtype, threads: int) -> Rows:
+    with torch.inference_mode(False), torch.no_grad():
+        weight = cancelling((heads, outputs, inputs), dtype, seed=0).transpose(1, 2)
+        x = cancelling((trial_rows(heads * outputs), heads, inputs), dtype, seed=1)
+        return try_rows(_by_heads(weight), x)
 
 
 def product(module: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -268,6 +298,11 @@ def define_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
     torch.library.register_fake(f"vllm_graft::{name}", fake, lib=_LIBRARY)
 
 
+define_op(
+    "linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    _linear,
+    lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
+)
 define_op("silu(Tensor x) -> Tensor", _silu, torch.empty_like)
 define_op("sigmoid(Tensor x) -> Tensor", _sigmoid, torch.empty_like)
 define_op(

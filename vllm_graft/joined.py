@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vllm_graft.products import ATTRIBUTE, Call, Group, siblings
+from vllm_graft.tiles import cancelling
 
 Linear = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 """`F.linear` or `exact.linear`."""
@@ -56,21 +57,16 @@ class Joined(Group):
                 tensor.data = part
 
     def same_as_apart(self) -> bool:
-        """Whether each member has the bits of its own product, tried with random rows."""
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for rows in _TRIED_ROWS:
-                x = torch.randn(rows, self._weight.shape[1], generator=generator)
-                x = x.to(self._weight)
-                together = self.multiply(x).split(self._rows, -1)
-                apart = [self._linear(x, m.weight, self._bias_of(m)) for m in self._members]
-                if not all(map(torch.equal, together, apart)):
-                    return False
-        return True
+        """Whether each member has the bits of its own product, tried with numbers that cancel."""
+        with torch.inference_mode(False), torch.no_grad():
+            weight = cancelling(self._weight.shape, torch.float32, seed=0).to(self._weight)
+            x = cancelling((_TRIED_ROWS[-1], weight.shape[1]), torch.float32, seed=1).to(weight)
+            return all(self._agree(x[:rows], weight) for rows in _TRIED_ROWS)
 
-    def _bias_of(self, member: Any) -> torch.Tensor | None:
-        bias: torch.Tensor | None = member.bias if self._with_bias else None
-        return bias
+    def _agree(self, x: torch.Tensor, weight: torch.Tensor) -> bool:
+        together = self._linear(x, weight, None).split(self._rows, -1)
+        apart = [self._linear(x, part, None) for part in weight.split(self._rows)]
+        return all(map(torch.equal, together, apart))
 
     def unpack(self) -> None:
         """Undo it all: each parameter gets memory of its own."""

@@ -37,6 +37,9 @@ class Packer(Protocol):
     def takes(self, weight: torch.Tensor) -> bool:
         """Whether products by `weight` have the bits of `exact.linear`."""
 
+    def joins(self, weights: Sequence[torch.Tensor]) -> bool:
+        """Whether one product by `weights`, one behind the other, has the bits of one by each."""
+
     def pack(self, weight: torch.Tensor) -> Kernel:
         """A packed copy of `[M, K]`."""
 
@@ -269,7 +272,13 @@ def siblings(calls: Iterable[Call], takes: Callable[[torch.Tensor], bool]) -> li
 
 def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
     """Packed copies for the layers that ran."""
-    return [Packed(group, packer) for group in siblings(calls, packer.takes)]
+    groups = siblings(calls, packer.takes)
+    return [Packed(part, packer) for group in groups for part in _joinable(group, packer)]
+
+
+def _joinable(group: list[Call], packer: Packer) -> list[list[Call]]:
+    joins = packer.joins([call.module.weight for call in group])
+    return [group] if joins else [[call] for call in group]
 
 
 def restore_weights(model: nn.Module) -> None:

@@ -61,6 +61,30 @@ def test_every_sampled_token_is_equal(checkpoint, dtype, eager):
         assert one_by_one == [(40, 40)] * len(tokens)
 
 
+WIDE = {
+    "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 2,
+    "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+}  # fmt: skip
+"""Long sums, for which kernels change their order of additions with the number of rows."""
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
+def test_layers_as_wide_as_those_of_real_models(dtype, tmp_path):
+    vllm_graft.register(ARCH, build_qwen3_torchtitan)
+    wide = qwen3_checkpoint(tmp_path, **WIDE)
+    tokens = prompts(MIXED_LENGTHS)
+    with engine(wide, ARCH, dtype=dtype) as llm:
+        module = live_module(llm)
+        together = generate(llm, tokens, temperature=1.0, max_tokens=12)
+        assert count_equal(module, tokens, together) == (108, 108)
+        alone = [generate(llm, [p], temperature=1.0, max_tokens=12)[0] for p in tokens]
+        assert count_equal(module, tokens, alone) == (108, 108)
+        one_by_one = [
+            count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
+        ]
+        assert one_by_one == [(12, 12)] * len(tokens)
+
+
 def test_training_the_live_module_reaches_the_next_generation(checkpoint):
     tokens = prompts((5, 140))
     with engine(checkpoint, ARCH, dtype="float32") as llm:

@@ -10,7 +10,7 @@ from pathlib import Path
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 
 from tests.serve.moe_checks import LENGTHS
-from tests.serve.test_deepseek_v3 import ROPE_WRITTEN_OUT
+from tests.serve.test_deepseek_v3 import STOCK
 from tests.support import engine, generate, prompts
 
 
@@ -20,7 +20,7 @@ def main() -> None:
     with engine(
         Path(checkpoint), dtype="float32", seed=0,
         tensor_parallel_size=int(os.environ["WORLD_SIZE"]),
-        distributed_executor_backend="external_launcher", **ROPE_WRITTEN_OUT,
+        distributed_executor_backend="external_launcher", **STOCK,
     ) as llm:  # fmt: skip
         tokens = [list(c.token_ids) for c in generate(llm, prompts(LENGTHS))]
         if os.environ["RANK"] == "0":

@@ -12,6 +12,7 @@ cancel: what remains is rounding, and another order of additions shows in its fi
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,7 @@ _SIZES = (1, 2, 4, 8, 16, TILE, 64, 128, 256, 512, 1024)
 _STEPS = (1, 2, 4, 8, 16)
 _COUNTS = (3, 5, 7, 9, 12, 17, 33, 47, 96, 131, 200, 321, 700)
 """Numbers of rows that are no powers of two, by which a step is tried."""
-_LARGEST = 1 << 25
+_LARGEST = 1 << 23
 """Outputs of a trial, in numbers: above it, larger sizes are not tried and not used."""
 _LARGEST_WEIGHT = 1 << 27
 """A weight with more numbers is not tried at all, and multiplied by `TILE` rows."""
@@ -150,6 +151,14 @@ def linear_rows(
     with torch.inference_mode(False), torch.no_grad():
         product = by_weight(cancelling((outputs, inputs), dtype, seed=0))
         return try_rows(product, cancelling((trial_rows(outputs), inputs), dtype, seed=1))
+
+
+def circumstances() -> str:
+    """What trials depend on besides the sizes, in this process: compiled code holds their results."""
+    kind = torch.backends.cpu.get_cpu_capability()
+    amx = torch.cpu._is_amx_tile_supported()
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")
+    return f"{kind}|{amx}|{limit}|{torch.get_num_threads()}"
 
 
 def same_order(

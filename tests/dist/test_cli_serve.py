@@ -49,8 +49,9 @@ def ask(client: openai.OpenAI) -> list[list[int]]:
         ("tensor", "VLLM::Worker_TP1", ["--enforce-eager"]),
         ("tensor", "VLLM::Worker_TP1", []),
         ("pipeline", "VLLM::Worker_PP1", ["--enforce-eager"]),
+        ("pipeline", "VLLM::Worker_PP1", []),
     ],
-    ids=["tensor eager", "tensor compiled", "pipeline eager"],
+    ids=["tensor eager", "tensor compiled", "pipeline eager", "pipeline compiled"],
 )
 def test_two_workers_answer_as_one(axis, worker, mode, checkpoint, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")

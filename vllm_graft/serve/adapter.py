@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from vllm_graft import products
+from vllm_graft import products, tiles
 from vllm_graft.adapting import adapt, asks_for_adapt, call_factory
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
@@ -287,7 +287,7 @@ def _check_stages_supported(arch: str, model: nn.Module, context: ParallelContex
 
 def model_digest(arch: str, model: nn.Module) -> str:
     """A digest of what the compiled code of `model` depends on, values of weights aside."""
-    digest = hashlib.sha256(arch.encode())
+    digest = hashlib.sha256(f"{arch}|{tiles.circumstances()}".encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if k not in _TORCH_STATE}
         digest.update(f"{name}|{type(module).__qualname__}|{_constants(plain, 3)}".encode())

@@ -154,7 +154,7 @@ def linear_rows(
 
 
 def circumstances() -> str:
-    """What trials depend on besides the sizes, in this process: compiled code holds their results."""
+    """What trials depend on besides sizes; compiled code holds their results."""
     kind = torch.backends.cpu.get_cpu_capability()
     amx = torch.cpu._is_amx_tile_supported()
     limit = os.environ.get("ONEDNN_MAX_CPU_ISA", "")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from vllm_graft.doctor.compare import Agreement, agreement, divergences
-from vllm_graft.doctor.diagnose import Diagnosis, diagnose
+from vllm_graft.doctor.diagnose import diagnose
 from vllm_graft.doctor.engine import Rows, paths, prefill
 from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.references import original_reference, transformers_reference
@@ -140,9 +140,6 @@ class _Examination:
             reference=self.reference.kind,
             seconds=0.0,
         )
-
-    def _diagnoses(self, adapted: Adapted) -> list[Diagnosis]:
-        return diagnose(adapted, self.reference, self.prompts[:2], self.config, self.progress)
 
     def _updated(self, llm: Any) -> Agreement:
         for model in (llm.model, self.reference.module):

@@ -64,17 +64,19 @@ def _plain(style: Any) -> Subject:
     return Subject(make, "plain", arguments)
 
 
-def _built_in(arch: str, make: Callable[[Path], Any], family: str) -> Subject:
-    return Subject(make, family, ("--arch", arch, *RANKS_TOO))
+def _built_in(arch: str, make: Callable[[Path], Any], family: str, *more: str) -> Subject:
+    return Subject(make, family, ("--arch", arch, *more))
 
 
 SUBJECTS = {
     **{kind: _transformers(kind) for kind in ZOO},
     **{style.__name__: _plain(style) for style in written.STYLES},
-    "Qwen3TorchTitan": _built_in("Qwen3TorchTitan", qwen3_checkpoint, "TorchTitan"),
+    "Qwen3TorchTitan": _built_in("Qwen3TorchTitan", qwen3_checkpoint, "TorchTitan", *RANKS_TOO),
     "Qwen3TorchTitan, MoE": _built_in("Qwen3TorchTitan", qwen3_moe_checkpoint, "TorchTitan"),
     "DeepSeekV3TorchTitan": _built_in("DeepSeekV3TorchTitan", deepseek_v3_checkpoint, "TorchTitan"),
-    "MegatronModel, Qwen3": _built_in("MegatronModel", qwen3_checkpoint, "Megatron-core"),
+    "MegatronModel, Qwen3": _built_in(
+        "MegatronModel", qwen3_checkpoint, "Megatron-core", *RANKS_TOO
+    ),
     "MegatronModel, Llama": _built_in("MegatronModel", llama_checkpoint, "Megatron-core"),
 }
 

@@ -6,7 +6,7 @@ import pytest
 
 from tests.zoo.certificates import PAGE, SUBJECTS, certified, examine, row
 
-FAST = ("phi3", "Rotated")
+FAST = ("gemma2",)
 
 
 def test_the_page_has_every_architecture_and_all_are_certified():

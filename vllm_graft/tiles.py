@@ -85,6 +85,25 @@ def by_rows(product: Product, x: torch.Tensor, allowed: Rows) -> torch.Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
+def fill_by_rows(
+    fill: Callable[[torch.Tensor, torch.Tensor], None],
+    x: torch.Tensor,
+    out: torch.Tensor,
+    allowed: Rows,
+) -> None:
+    """As `by_rows`, by a kernel that takes rows and where their results go, `[R, M]`."""
+    first = 0
+    for size in allowed.parts(len(x)):
+        part, room = x[first : first + size], out[first : first + size]
+        if len(part) == size:
+            fill(part, room)
+        else:
+            padded = out.new_empty(size, out.shape[1])
+            fill(F.pad(part, (0, 0, 0, size - len(part))), padded)
+            room.copy_(padded[: len(part)])
+        first += size
+
+
 def _padded_product(product: Product, x: torch.Tensor, size: int) -> torch.Tensor:
     rows = x.shape[0]
     if rows == size:

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 import vllm_graft
 from examples.custom_models import deepseek_v3_torchtitan, megatron_gpt, qwen3_torchtitan
 from tests.moe_checkpoints import deepseek_v3_checkpoint
-from tests.support import engine, generate, prompts, qwen3_checkpoint
+from tests.support import adapter, engine, generate, prompts, qwen3_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -34,3 +34,4 @@ def test_a_compiled_model_is_one_graph(family, tmp_path, monkeypatch):
         generate(llm, prompts((1, 40)), max_tokens=4)
         assert counters["stats"]["unique_graphs"] == 1
         assert not counters["graph_break"]
+        assert adapter(llm)._traced

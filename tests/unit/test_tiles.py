@@ -9,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_graft import exact
-from vllm_graft.tiles import TILE, Rows, by_rows, cancelling, same_order, trial_rows, try_rows
+from vllm_graft.tiles import (
+    TILE,
+    Rows,
+    by_rows,
+    cancelling,
+    fill_by_rows,
+    same_order,
+    trial_rows,
+    try_rows,
+)
 
 SHAPES = [(64, 8), (63, 9), (128, 48), (512, 128), (1024, 1024), (3072, 64), (2048, 1024)]
 """K and M of products that take many different kernels."""
@@ -50,6 +59,21 @@ def test_another_order_for_many_rows_is_noticed_and_avoided(data) -> None:
     assert not torch.equal(product(x), one_by_one(x, weight))
     for rows in (1, 31, 64, 65, 130, 256):
         assert torch.equal(by_rows(product, x[:rows], allowed), one_by_one(x[:rows], weight))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 5, 64, 70, 255])
+def test_rows_are_filled_in_place(data, rows) -> None:
+    x, weight = data
+    seen = []
+
+    def fill(part: torch.Tensor, room: torch.Tensor) -> None:
+        seen.append(len(part))
+        room.copy_(one_by_one(part, weight))
+
+    out, allowed = torch.full((rows, 24), float("nan"), dtype=x.dtype), Rows((4, 8, 64), None)
+    fill_by_rows(fill, x[:rows], out, allowed)
+    assert torch.equal(out, one_by_one(x[:rows], weight))
+    assert tuple(seen) == allowed.parts(rows)
 
 
 def test_a_kernel_for_the_last_rows_of_odd_numbers_is_noticed(data) -> None:

@@ -335,6 +335,14 @@ def extend_compile_key(vllm_config: Any, digest: str) -> None:
         vllm_config.additional_config["vllm_graft_model"] = digest
 
 
+def runs_compiled(body: Any) -> bool:
+    """Whether vLLM compiles the forward of `body`, so that a run of it has been traced.
+
+    Relies on `do_not_compile`, which `support_torch_compile` sets, up to 0.32.
+    """
+    return not getattr(body, "do_not_compile", True)
+
+
 def emulate_eager_rounding(vllm_config: Any) -> None:
     """Let compiled bf16 code round where eager code does.
 

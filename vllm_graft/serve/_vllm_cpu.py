@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from vllm_graft.attention.kernels import AttentionSpec
 from vllm_graft.exact import compiled_serving, define_op
 from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
-from vllm_graft.tiles import Product, Rows, by_rows, linear_rows, same_order
+from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
 LATENT_BLOCK_SIZE = 16
@@ -290,8 +290,12 @@ def _multiply_exactly(
 def _multiply_by_rows(
     x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
 ) -> torch.Tensor:
-    allowed = _packed_rows(outputs, x.shape[1], x.dtype)
-    return by_rows(lambda part: _multiply(part, bias, handle, outputs), x, allowed)
+    def fill(part: torch.Tensor, room: torch.Tensor) -> None:
+        torch.ops._C.onednn_mm(room, part, bias, handle)
+
+    out = x.new_empty(x.shape[0], outputs)
+    fill_by_rows(fill, x.contiguous(), out, _packed_rows(outputs, x.shape[1], x.dtype))
+    return out
 
 
 define_op(

@@ -10,7 +10,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
 from vllm_graft import products, tiles
 from vllm_graft.adapting import adapt, asks_for_adapt, call_factory
@@ -22,6 +21,7 @@ from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp
 from vllm_graft.serve.body import make_body
 from vllm_graft.serve.dry_run import DryRun
+from vllm_graft.serve.eval_mode import EvalMode, evaluating
 from vllm_graft.serve.kv import bind, new_forward
 from vllm_graft.serve.linears import all_running, convert_linears, converted, layer_finder
 from vllm_graft.serve.loading import Loading
@@ -33,19 +33,6 @@ from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.slots import on_meta
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
-
-
-class _Structure:
-    """Counts changes to any module tree, so that cached lists of modules know when they are old."""
-
-    changes = 0
-
-
-def _count_change(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    _Structure.changes += 1
-
-
-register_module_module_registration_hook(_count_change)
 
 
 class GraftForCausalLM(nn.Module):
@@ -81,8 +68,8 @@ class GraftForCausalLM(nn.Module):
         self._body = make_body(self.model, vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._parallel_config = vllm_config.parallel_config
-        self._modules_below: list[nn.Module] = []
-        self._modules_as_of = -1
+        self._eval_mode = EvalMode(self.model)
+        self._traced = False
         self._loading = Loading(self.arch, self.model)
         self.packing = packing_for(self.model, vllm_config)
 
@@ -107,7 +94,7 @@ class GraftForCausalLM(nn.Module):
             raise ValueError(f"{self.arch}: expected positions [T], got {tuple(positions.shape)}")
         new_forward(self._paged)
         self.packing.refresh()
-        with evaluating(self._user_modules()), products.serving():
+        with self._evaluating(), products.serving():
             hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
         return self._stage.sent(hidden)
 
@@ -144,17 +131,21 @@ class GraftForCausalLM(nn.Module):
             torch.zeros(batch_size, self._stage.width, dtype=dtype, device=device)
         )
 
-    def _user_modules(self) -> list[nn.Module]:
-        """All modules of the user's model as it is now."""
-        if self._modules_as_of != _Structure.changes:
-            self._modules_as_of = _Structure.changes
-            self._modules_below = list(self.model.modules())
-        return self._modules_below
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode for a forward; code that is compiled already was traced in it."""
+        if self._traced:
+            yield
+            return
+        with evaluating(self._eval_mode.modules()):
+            yield
+        self._traced = _vllm.runs_compiled(self._body)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
-        with evaluating(self._user_modules()), products.serving():
-            logits: torch.Tensor = self.model.compute_logits(hidden_states)  # type: ignore[operator]
+        compute: Any = self.model.compute_logits
+        with products.serving():
+            logits = self._eval_mode.logits(compute, hidden_states)
         # Rows that only pad the vocabulary are no tokens.
         return logits[..., : self._vocab_size]
 
@@ -181,7 +172,7 @@ class GraftForCausalLM(nn.Module):
             return
         self._check_ranks()
         dry_run = self._dry_run()
-        with evaluating(self._user_modules()):
+        with evaluating(self._eval_mode.modules()):
             with products.watching() as calls, all_running(self.arch, self._linears):
                 dry_run.run()
             self.packing.start(calls, dry_run.hidden)
@@ -317,16 +308,3 @@ def _constants(value: Any, depth: int) -> str:
 def _attributes(value: Any) -> dict[str, Any]:
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     return {**{n: getattr(value, n, None) for n in slots}, **getattr(value, "__dict__", {})}
-
-
-@contextmanager
-def evaluating(modules: list[nn.Module]) -> Iterator[None]:
-    """Run in eval mode and give back the training flags; free when none is set."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

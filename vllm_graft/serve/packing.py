@@ -16,6 +16,7 @@ from vllm_graft import exact, products
 from vllm_graft.joined import join_products
 from vllm_graft.products import Call, Group, Packer
 from vllm_graft.serve import _vllm, _vllm_cpu
+from vllm_graft.serve.freed import return_freed_memory
 from vllm_graft.weights.slots import slots, tensor_in
 
 logger = logging.getLogger("vllm_graft")
@@ -87,6 +88,8 @@ class Packing:
             packed.pack()
             if self._release and not packed.shares(shared):
                 packed.release()
+        if self._release:
+            return_freed_memory()
 
     def before_load(self, *, whole: bool) -> None:
         """Give the parameters memory to write into, and their values unless all will come."""

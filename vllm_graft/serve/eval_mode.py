@@ -1,0 +1,78 @@
+"""Serving in eval mode, whatever flags training has set on the user's modules. Torch only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_forward_pre_hook,
+    register_module_module_registration_hook,
+)
+
+
+class _Structure:
+    """Counts changes to any module tree, so that kept lists of modules know when they are old."""
+
+    changes = 0
+
+
+def _count_change(module: nn.Module, name: str, submodule: nn.Module | None) -> None:
+    _Structure.changes += 1
+
+
+register_module_module_registration_hook(_count_change)
+
+
+class EvalMode:
+    """The modules of a served model whose flags matter; the others are not looked at in a step.
+
+    Args:
+        model: the user's.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._as_of = -1
+        self._all: list[nn.Module] = []
+        self._of_logits: list[nn.Module] | None = None
+
+    def modules(self) -> list[nn.Module]:
+        """All modules of the model as it is now."""
+        if self._as_of != _Structure.changes:
+            self._as_of = _Structure.changes
+            self._all, self._of_logits = list(self._model.modules()), None
+        return self._all
+
+    def logits(
+        self, compute: Callable[[torch.Tensor], torch.Tensor], hidden_states: torch.Tensor
+    ) -> torch.Tensor:
+        """`compute(hidden_states)` with the modules that it calls in eval mode."""
+        every = self.modules()
+        if self._of_logits is not None:
+            with evaluating(self._of_logits):
+                return compute(hidden_states)
+        ran: list[nn.Module] = []
+        handle = register_module_forward_pre_hook(lambda module, _: ran.append(module))
+        try:
+            with evaluating(every):
+                logits = compute(hidden_states)
+        finally:
+            handle.remove()
+        self._of_logits = list(dict.fromkeys(ran))
+        return logits
+
+
+@contextmanager
+def evaluating(modules: list[nn.Module]) -> Iterator[None]:
+    """Run in eval mode and give back the training flags; free when none is set."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -340,3 +340,17 @@ def test_the_norm_kernel_takes_whole_vectors_of_float32():
             x.double(), (48,), None if given is None else given.double(), 1e-5
         )
         assert relative_error(kernel(x, given, 1e-5), want) < 1e-6  # 48 squares in float32
+
+
+def test_the_attention_kernel_asks_for_amx_tiles_before_anything_else_has():
+    """Where the processor has none this only shows that the kernel runs first in a process."""
+    code = (
+        "import torch\n"
+        "from vllm_graft.attention.kernels import AttentionSpec\n"
+        "from vllm_graft.serve._vllm_cpu import paged_attention\n"
+        "q = torch.ones(40, 2, 64, dtype=torch.bfloat16)\n"
+        "kv = torch.ones(40, 1, 64, dtype=torch.bfloat16)\n"
+        "ends = torch.tensor([0, 40], dtype=torch.int32)\n"
+        "print('equal', paged_attention(q, kv, kv, ends, AttentionSpec(scale=0.125)).unique())"
+    )
+    assert "equal tensor([1.]" in python(code).stdout

@@ -96,14 +96,17 @@ def embedding(model: nn.Module) -> tuple[str, nn.Module] | None:
 
 
 def head(model: nn.Module) -> tuple[str, nn.Module] | None:
-    """The linear layer from the model's width to the vocabulary."""
+    """The linear layer from the model's width to the vocabulary, which no decoder layer is."""
     tokens = embedding(model)
     if tokens is None:
         return None
     shape = tokens[1].weight.shape  # type: ignore[union-attr]
+    inner = {module for layer in layers(model) for module in layer.module.modules()}
     for name, module in model.named_modules():
+        if module is tokens[1] or module in inner:
+            continue
         weight = getattr(module, "weight", None)
-        if module is not tokens[1] and isinstance(weight, torch.Tensor) and weight.shape == shape:
+        if isinstance(weight, torch.Tensor) and weight.shape == shape:
             return name, module
     return None
 

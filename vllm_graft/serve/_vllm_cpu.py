@@ -63,6 +63,8 @@ def paged_attention(
     (_, num_heads, head_size), num_kv_heads = q_TNH.shape, k_TKH.shape[1]
     window = -1 if spec.sliding_window is None else spec.sliding_window
     isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
+    if isa == "amx":
+        _ask_for_amx()
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     block_table, slots, num_blocks = scratch_blocks(tuple(lengths.tolist()), _BLOCK_SIZE)
     cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
@@ -101,6 +103,19 @@ def paged_attention(
         s_aux=kernel_sinks(sinks_N),
     )
     return out
+
+
+@functools.cache
+def _ask_for_amx() -> None:
+    """Linux gives a process AMX tiles on request only; without it the kernel dies by SIGILL.
+
+    An engine's first oneDNN product asks for them. A training forward may come before any.
+    """
+    if not torch.cpu._init_amx():
+        raise RuntimeError(
+            "vLLM's CPU attention kernel takes AMX tiles for bf16 on this processor, and the "
+            "system refused them to this process; run on a Linux kernel of 5.16 or later"
+        )
 
 
 def kernel_sinks(sinks_N: torch.Tensor | None) -> torch.Tensor | None:

@@ -8,8 +8,10 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
+from torch import nn
 
 from tests.doctored.written import Model, reference_of
+from vllm_graft.doctor.anatomy import head
 from vllm_graft.doctor.compare import agreement, divergences, first
 from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.page import page
@@ -64,3 +66,17 @@ def test_the_page_shows_each_spot_and_loads_nothing():
     assert "a &amp; b" in text and "training &lt;forward&gt;" in text
     assert "layers.1.self_attn" in text
     assert not re.search(r"(src|href)=|@import|url\(", text)
+
+
+def test_a_layers_weight_in_the_shape_of_the_vocabulary_is_not_the_head():
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear_fc1 = nn.Linear(8, 32)
+
+    model = nn.Module()
+    model.wte = nn.Embedding(32, 8)
+    model.layers = nn.ModuleList([Block()])
+    assert head(model) is None
+    model.output = nn.Linear(8, 32)
+    assert head(model) == ("output", model.output)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from itertools import chain
 from types import SimpleNamespace
 
@@ -17,6 +18,10 @@ from examples.custom_models.megatron_names import qkv_rows
 from tests.megatron_checkpoints import llama_checkpoint, qwen2_checkpoint
 from tests.support import qwen3_checkpoint, relative_error
 from vllm_graft import export_weights, replace_with_trainable_attention
+from vllm_graft.doctor.corrections import seams
+from vllm_graft.doctor.diagnose import diagnose
+from vllm_graft.doctor.references import transformers_reference
+from vllm_graft.doctor.sides import Adapted
 from vllm_graft.exact import make_exact
 from vllm_graft.families.megatron import MegatronCoreAttention
 from vllm_graft.families.megatron_rope import megatron_device
@@ -338,3 +343,17 @@ def test_other_model_types_and_indivisible_sizes_are_refused():
         refuse_unsupported(MixtralConfig(), 1)
     with pytest.raises(ValueError, match="num_key_value_heads=2 over tensor_parallel_size=4"):
         refuse_unsupported(Qwen3Config(num_key_value_heads=2), 4)
+
+
+def test_the_doctor_names_a_fault_of_a_model_whose_seam_rotates(tmp_path):
+    from transformers import AutoConfig
+
+    checkpoint = llama_checkpoint(tmp_path)
+    reference, model = transformers_reference(str(checkpoint)), build(checkpoint)
+    for _, core in seams(model):
+        core.spec = replace(core.spec, scale=2 * core.spec.scale)
+    prompts = [torch.randint(0, 512, (length,)).tolist() for length in (5, 40)]
+    config = AutoConfig.from_pretrained(checkpoint)
+    named = diagnose(Adapted(model), reference, prompts, config)
+    assert named[0].fault == "wrong softmax scale"
+    assert named[0].remaining < 1e-3  # of the difference: the rest is float32's

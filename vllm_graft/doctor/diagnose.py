@@ -74,8 +74,11 @@ def _difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def _rotations(model: Any, config: Any) -> Any:
-    thetas = rope_thetas(config, len(seams(model)))
-    return rotations(model, thetas) if thetas else ()
+    found = seams(model)
+    thetas = rope_thetas(config, len(found))
+    # Megatron's seam rotates what it is given: nothing can be turned back in front of it.
+    inside = any(getattr(core, "rotary", ()) for _, core in found)
+    return rotations(model, thetas) if thetas and not inside else ()
 
 
 def rope_thetas(config: Any, layers: int) -> list[float]:

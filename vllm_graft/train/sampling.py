@@ -72,7 +72,7 @@ def _slopes(
     for row, (p, tokens) in enumerate(zip(params, seen, strict=True)):
         if p.repetition_penalty != 1.0:
             index = torch.tensor(sorted(set(tokens)), device=logits.device)
-            biased = logits[row].float()
+            biased = logits[row].to(torch.float32, copy=True)
             for token, bias in (p.logit_bias or {}).items():
                 biased[token] += bias
             factor = torch.where(biased[index] > 0, 1 / p.repetition_penalty, p.repetition_penalty)

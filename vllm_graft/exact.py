@@ -1,10 +1,10 @@
 """Layers that give a token the same bits in any batch, eager or compiled.
 
-Three things on CPU make a token's result depend on how it was computed:
-products add in an order that they choose by the number of rows (`tiles.py`), float32 `silu` and
-`sigmoid` round the last numbers of each thread's share in another way, and compiled
-norms add in another order than eager ones. They are taken out here; everything
-else in a decoder was measured to agree.
+Three things make a token's result depend on how it was computed. On CPU products add in an
+order that they choose by the number of rows (`tiles.py`), and float32 `silu` and `sigmoid`
+round the last numbers of each thread's share in another way; on cards vLLM's batch-invariant
+mode takes care of products. Everywhere compiled norms add in another order than eager ones.
+They are taken out here; everything else in a decoder was measured to agree.
 """
 
 from __future__ import annotations
@@ -241,7 +241,7 @@ def _linear_forward(module: nn.Linear, x: torch.Tensor) -> torch.Tensor:
 
 
 def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == "cpu" and compiled_serving() and not norms.takes(module, x):
+    if compiled_serving() and not norms.takes(module, x):
         out: torch.Tensor = torch.ops.vllm_graft.rms_norm(
             x, module.normalized_shape, module.weight, module.eps
         )
@@ -250,7 +250,7 @@ def _rms_norm_forward(module: nn.RMSNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _layer_norm_forward(module: nn.LayerNorm, x: torch.Tensor) -> torch.Tensor:
-    if x.device.type == "cpu" and compiled_serving():
+    if compiled_serving():
         out: torch.Tensor = torch.ops.vllm_graft.layer_norm(
             x, module.normalized_shape, module.weight, module.bias, module.eps
         )

@@ -248,6 +248,17 @@ def test_the_sampler_is_built_of_the_parts_that_are_called():
     )
 
 
+def test_the_second_runner_reports_log_probs_by_the_kernel_that_is_called():
+    from vllm.config import VllmConfig
+    from vllm.v1.worker.gpu.sample import logprob, prompt_logprob
+
+    parameters = inspect.signature(logprob.compute_token_logprobs).parameters
+    assert list(parameters) == ["logits", "token_ids"]
+    assert "compute_token_logprobs(" in inspect.getsource(logprob.compute_topk_scores)
+    assert "logprob import" in inspect.getsource(prompt_logprob)
+    assert isinstance(VllmConfig.use_v2_model_runner, property)
+
+
 def test_workers_still_refuse_a_second_update_for_good():
     """`WorkerHooks.abandon` can go when vLLM can call an update off."""
     from vllm.v1.worker.gpu_worker import Worker

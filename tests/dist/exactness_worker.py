@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 import vllm_graft
 from tests.support import prompts
+from vllm_graft.serve import _vllm_engine
 from vllm_graft.serve.registry import BUILT_IN
 
 
@@ -29,7 +30,19 @@ def main() -> None:
     report = vllm_graft.verify_exactness(llm, max_tokens=int(max_tokens))
     fixed = prompts((1, 7, 64, 130, 300), llm.model_config.get_vocab_size())
     scored = [s.tolist() for s in llm.token_logprobs(fixed, [1] * len(fixed))]
-    saved = {"paths": [(p.name, p.equal, p.total) for p in report.paths], "scored": scored}
+    core = _vllm_engine.core_of(llm.llm_engine)
+    saved = {
+        "paths": [(p.name, p.equal, p.total) for p in report.paths],
+        "without": [
+            name
+            for name, there in (
+                ("prefix cache", _vllm_engine.caches_prefixes(core)),
+                ("chunked prefill", _vllm_engine.chunks_prompts(core)),
+            )
+            if not there
+        ],
+        "scored": scored,
+    }
     rank = dist.get_rank() if dist.is_initialized() else 0
     Path(f"{result}.{rank}").write_text(json.dumps(saved))
     llm.llm_engine.engine_core.shutdown()

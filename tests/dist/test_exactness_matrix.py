@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 
 from tests.dist.launch import torchrun
 from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
@@ -53,10 +54,17 @@ def run(family, checkpoint, tmp_path, *, threads=2, ranks=1, **options):
         assert done.returncode == 0, done.stderr[-3000:]
     seen = [json.loads((tmp_path / f"seen.{rank}").read_text()) for rank in range(ranks)]
     for one in seen:
-        assert len(one["paths"]) == 10
+        # vLLM turns these off for MLA where the processor has no AMX.
+        assert not one["without"] or (family == "deepseek_v3" and not _has_amx())
+        count = 10 - len(one["without"])
+        assert len(one["paths"]) == count
         assert [p for p in one["paths"] if p[1] != p[2]] == []
-        assert sum(p[2] for p in one["paths"]) == 10 * 9 * tokens + PROMPT_TOKENS
+        assert sum(p[2] for p in one["paths"]) == count * 9 * tokens + PROMPT_TOKENS
     return seen[0]
+
+
+def _has_amx():
+    return torch.cpu._is_amx_tile_supported()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

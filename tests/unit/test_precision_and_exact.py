@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torch import nn
 from vllm_graft import exact
 from vllm_graft.exact import make_exact
 from vllm_graft.precision import keep_table_precision, parameters_as
+from vllm_graft.serve import _vllm
+from vllm_graft.train.options import engine_options
 
 
 class Net(nn.Module):
@@ -144,3 +147,16 @@ def test_activations_do_not_depend_on_where_a_number_lies(kind):
     rows = [slice(n, n + 3) for n in range(0, 375, 3)]
     assert all(torch.equal(exact(x[r]), exact(x)[r]) for r in rows)
     assert not all(torch.equal(plain(x[r]), plain(x)[r]) for r in rows)
+
+
+def test_a_card_is_exact_only_in_batch_invariant_mode(monkeypatch):
+    monkeypatch.setattr(_vllm, "platform_device", lambda: "cuda")
+    config = SimpleNamespace(additional_config={})
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
+    assert not _vllm.serves_exactly(config)
+    with pytest.raises(ValueError, match=r"VLLM_BATCH_INVARIANT=1.*exact=False"):
+        engine_options(None, "Some", True, {})
+    assert engine_options(None, "Some", False, {})["hf_overrides"] == {"architectures": ["Some"]}
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    assert _vllm.serves_exactly(config)
+    engine_options(None, "Some", True, {})

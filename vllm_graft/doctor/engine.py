@@ -31,17 +31,19 @@ class Rows:
 
 
 def paths(llm: Any, prompts: Prompts) -> Iterator[tuple[str, list[Rows]]]:
-    """Run the prompts on every path of a `TrainableLLM` made with `max_logprobs=-1`."""
+    """Run the prompts on every path that a `TrainableLLM` with `max_logprobs=-1` has."""
     core = _vllm_engine.core_of(llm.llm_engine)
     _vllm_engine.forget_cached(core)
     yield "prefill", prefill(llm, prompts)
-    with _vllm_engine.token_budget(core, _BUDGET):
-        chunked = prefill(llm, prompts)
-    yield "chunked prefill", chunked
-    _vllm_engine.forget_cached(core)
-    _run(llm, prompts)
-    again = _run(llm, prompts)
-    yield f"prefix cache, {sum(rows.cached for rows in again)} tokens", again
+    if _vllm_engine.chunks_prompts(core):
+        with _vllm_engine.token_budget(core, _BUDGET):
+            chunked = prefill(llm, prompts)
+        yield "chunked prefill", chunked
+    if _vllm_engine.caches_prefixes(core):
+        _vllm_engine.forget_cached(core)
+        _run(llm, prompts)
+        again = _run(llm, prompts)
+        yield f"prefix cache, {sum(rows.cached for rows in again)} tokens", again
     yield "decode", _run(llm, prompts, max_tokens=_NEW)
     _vllm_engine.forget_cached(core)
     yield "mixed batch", _run(llm, prompts, one_a_step=True, max_tokens=_NEW)

@@ -268,20 +268,23 @@ PACKING_OPTION = "vllm_graft_packing"
 def serves_exactly(vllm_config: Any) -> bool:
     """Whether serving keeps to the training forward's arithmetic where that costs speed.
 
+    On cards only in vLLM's batch-invariant mode: elsewhere products depend on their batch
+    whatever else is done.
+
     Raises:
         ValueError: the option is no boolean (the string "false" is true).
     """
     chosen = _option(vllm_config, EXACT_OPTION, True)
     if not isinstance(chosen, bool):
         raise ValueError(f"additional_config: {EXACT_OPTION}={chosen!r}; use true or false")
-    return chosen
+    return chosen and can_be_exact()
 
 
-def batch_invariant() -> bool:
-    """Whether vLLM multiplies on a card so that a row does not depend on its batch."""
+def can_be_exact() -> bool:
+    """Whether products here can give a row the same bits in every batch."""
     from vllm import envs
 
-    return bool(envs.VLLM_BATCH_INVARIANT)
+    return platform_device() == "cpu" or bool(envs.VLLM_BATCH_INVARIANT)
 
 
 def packing(vllm_config: Any) -> str:

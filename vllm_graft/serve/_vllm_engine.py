@@ -80,9 +80,25 @@ def forget_cached(core: Any) -> None:
     core.reset_prefix_cache(reset_running_requests=True)
 
 
+def chunks_prompts(core: Any) -> bool:
+    """Whether prompts may come in chunks; vLLM turns it off for MLA on most CPUs."""
+    return bool(core.scheduler.scheduler_config.enable_chunked_prefill)
+
+
+def caches_prefixes(core: Any) -> bool:
+    """Whether there is a prefix cache; vLLM turns it off for MLA on most CPUs."""
+    return bool(core.scheduler.cache_config.enable_prefix_caching)
+
+
 @contextmanager
 def token_budget(core: Any, tokens: int) -> Iterator[None]:
-    """Schedule at most so many tokens per step in the block: longer prompts come in chunks."""
+    """Schedule at most so many tokens per step in the block: longer prompts come in chunks.
+
+    Raises:
+        ValueError: the engine has no chunked prefill, so they would wait for ever.
+    """
+    if not chunks_prompts(core):
+        raise ValueError(f"a budget of {tokens} tokens per step needs chunked prefill")
     scheduler = core.scheduler
     before, scheduler.max_num_scheduled_tokens = scheduler.max_num_scheduled_tokens, tokens
     try:

@@ -5,7 +5,7 @@ Legend: C rows, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,28 @@ class SampledRow:
     prompt: Sequence[int]
     before: Sequence[int]
     """Tokens of the completion before this one."""
+
+
+def logprobs_kernel(
+    vllm_config: Any,
+) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
+    """By what the engine's sampler reports log-probabilities; None for PyTorch's log-softmax.
+
+    Relies on `use_v2_model_runner` and on `compute_token_logprobs` of that runner, as in 0.32:
+    it adds a row up in an order of its own.
+
+    Returns:
+        `(logits [C, V], tokens [C])` to float32 `[C]`, without gradient.
+    """
+    if not getattr(vllm_config, "use_v2_model_runner", False):
+        return None
+    from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
+
+    def kernel(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = compute_token_logprobs(logits, tokens[:, None])[:, 0]
+        return out
+
+    return kernel
 
 
 def processed_logits(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:

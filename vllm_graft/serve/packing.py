@@ -134,6 +134,6 @@ def packing_for(model: nn.Module, vllm_config: Any) -> Packing:
         model,
         packer,
         join=chosen != "off",
-        same=exactly and (on_cpu or _vllm.batch_invariant()),
+        same=exactly,
         release=chosen == "release",
     )

@@ -52,7 +52,7 @@ class TrainableAsyncLLM(AsyncLLM):  # type: ignore[misc]
             config = arguments.create_engine_config()
             super().__init__(config, Executor.get_class(config), not arguments.disable_log_stats)
         self._core = self.engine_core.engine_core
-        self.live = LiveModule(self._core, self.model_config)
+        self.live = LiveModule(self._core)
         self.model: nn.Module = self.live.model
         _vllm_engine.before_each_step(self._core, self._ready)
 

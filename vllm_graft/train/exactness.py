@@ -53,6 +53,7 @@ def verify_exactness(
     """Compare the engine's log-probabilities with `llm.token_logprobs`, path by path.
 
     Every path samples anew; all its tokens are compared for equality, without tolerance.
+    Prefix cache and chunked prefill are left out where the engine has none.
 
     Args:
         llm: a `TrainableLLM`.
@@ -105,11 +106,13 @@ def _walk(llm: Any, prompts: list[list[int]], max_tokens: int) -> Iterator[Path]
 
     together = afresh(prompts)
     yield _count(llm, "one batch", together)
-    yield _count(llm, "prefix cache", serve(prompts))
+    if _vllm_engine.caches_prefixes(core):
+        yield _count(llm, "prefix cache", serve(prompts))
     yield _count(llm, "each alone", [serve([p])[0] for p in prompts])
     yield _count(llm, "other order", afresh(prompts[::-1]))
-    with _vllm_engine.token_budget(core, _BUDGET):
-        yield _count(llm, "chunked prefill", afresh(prompts))
+    if _vllm_engine.chunks_prompts(core):
+        with _vllm_engine.token_budget(core, _BUDGET):
+            yield _count(llm, "chunked prefill", afresh(prompts))
     yield _count(llm, "preempted every 7 steps", afresh(prompts, every=7))
     yield _count(llm, "prompt_logprobs", serve(prompts, prompt_logprobs=0))
     yield _count(llm, "top-k, top-p, min-p, penalties", serve(prompts, **_SAMPLING))

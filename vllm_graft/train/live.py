@@ -18,14 +18,13 @@ class LiveModule:
 
     Args:
         core: vLLM's `EngineCore`.
-        model_config: vLLM's.
     """
 
-    def __init__(self, core: Any, model_config: Any) -> None:
+    def __init__(self, core: Any) -> None:
         self._core = core
         self._adapter = _vllm_engine.adapter_of(core)
         self.model: nn.Module = self._adapter.model
-        self._scorer = Scorer(self._adapter, model_config)
+        self._scorer = Scorer(self._adapter, core.vllm_config)
         self._watch = WeightWatch(self.model)
         self._unchecked = False
         self._adapter.packing.watches = False

@@ -52,7 +52,7 @@ class TrainableLLM(LLM):  # type: ignore[misc]
         with _vllm_engine.in_this_process():
             super().__init__(str(model), **engine_options(factory, arch, exact, options))
         core = _vllm_engine.core_of(self.llm_engine)
-        self.live = LiveModule(core, self.model_config)
+        self.live = LiveModule(core)
         self.model: nn.Module = self.live.model
         _vllm_engine.before_each_step(core, self._ready)
 

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from vllm_graft.positions import packed, resume_in_backward
@@ -27,6 +29,8 @@ class Row:
 
 Process = Callable[[torch.Tensor, Sequence[Row]], torch.Tensor]
 """The model's logits `[C, V]` of C rows to those that tokens were sampled from, float32."""
+Kernel = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Logits `[C, V]` and one token for each row `[C]` to float32 log-probs `[C]`, without gradient."""
 
 
 def token_logprobs(
@@ -38,6 +42,7 @@ def token_logprobs(
     vocab_size: int,
     device: torch.device,
     process: Process | None = None,
+    kernel: Kernel | None = None,
 ) -> list[torch.Tensor]:
     """Log-probabilities of the tokens after each prompt.
 
@@ -52,6 +57,7 @@ def token_logprobs(
         vocab_size: V.
         device: of the model.
         process: what the sampler makes of the logits; None for the model's own.
+        kernel: by what the sampler computes log-probabilities; None for `log_softmax`.
 
     Returns:
         B float32 tensors on `device`, one number per token after the prompt.
@@ -67,7 +73,7 @@ def token_logprobs(
         hidden = resume_in_backward(hidden_of(tokens, batch.positions.to(device)), batch)
         predicting = hidden[(targets - 1).to(device)]
         chosen = _chunked(
-            predicting, tokens[targets.to(device)], rows, logits_of, vocab_size, process
+            predicting, tokens[targets.to(device)], rows, logits_of, vocab_size, process, kernel
         )
     return list(chosen.split(lengths))
 
@@ -79,11 +85,15 @@ def _chunked(
     logits_of: Callable[[torch.Tensor], torch.Tensor],
     vocab_size: int,
     process: Process | None,
+    kernel: Kernel | None,
 ) -> torch.Tensor:
     def chosen(part: torch.Tensor, wanted: torch.Tensor, which: Sequence[Row]) -> torch.Tensor:
         logits = logits_of(part)[:, :vocab_size]
         if process is not None:
             logits = process(logits, which)
+        if kernel is not None:
+            by_kernel: torch.Tensor = _ByKernel.apply(logits, wanted, kernel)  # type: ignore[no-untyped-call]
+            return by_kernel
         logprobs = logits.log_softmax(-1, dtype=torch.float32)
         return logprobs.gather(1, wanted[:, None])[:, 0]
 
@@ -95,3 +105,22 @@ def _chunked(
             checkpoint(chosen, hidden[part], targets[part], rows[part], use_reentrant=False)
         )
     return torch.cat(parts)
+
+
+class _ByKernel(torch.autograd.Function):
+    """Log-probabilities as the sampler's kernel computes them, with the gradient of a softmax."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, kernel: Kernel
+    ) -> torch.Tensor:
+        ctx.save_for_backward(logits, tokens)
+        return kernel(logits, tokens)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        logits, tokens = ctx.saved_tensors
+        of_logits = logits.softmax(-1, dtype=torch.float32).mul_(-grad[:, None])
+        of_logits.scatter_add_(1, tokens[:, None], grad[:, None])
+        return of_logits.to(logits.dtype), None, None

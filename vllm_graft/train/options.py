@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vllm_graft.serve._vllm import EXACT_OPTION
+from vllm_graft.serve._vllm import EXACT_OPTION, can_be_exact
 from vllm_graft.serve.registry import register
 
 
@@ -29,6 +29,12 @@ def engine_options(
             "name of a registered architecture (arch='...')"
         )
     _refuse_conversion(options)
+    if exact and not can_be_exact():
+        raise ValueError(
+            "TrainableLLM with exact=True: on a card, products give a token the same bits in every "
+            "batch only under VLLM_BATCH_INVARIANT=1; set it in the environment before Python "
+            "starts, or pass exact=False"
+        )
     if factory is not None:
         arch = arch or _name_for(factory)
         register(arch, factory)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from vllm_graft.serve._vllm_sampling import SampledRow, processed_logits
+from vllm_graft.serve._vllm_sampling import SampledRow, logprobs_kernel, processed_logits
 from vllm_graft.train.logprobs import Process, Row, token_logprobs
 from vllm_graft.train.sampling import refuse_unsupported, with_gradient
 
@@ -19,11 +19,13 @@ class Scorer:
 
     Args:
         adapter: Graft's adapter in the engine.
-        model_config: vLLM's.
+        vllm_config: the engine's.
     """
 
-    def __init__(self, adapter: Any, model_config: Any) -> None:
+    def __init__(self, adapter: Any, vllm_config: Any) -> None:
+        model_config = vllm_config.model_config
         self._adapter = adapter
+        self._kernel = logprobs_kernel(vllm_config)
         self._vocab_size = model_config.get_vocab_size()
         self._max_len = model_config.max_model_len
         self._mode = model_config.logprobs_mode
@@ -52,6 +54,7 @@ class Scorer:
             vocab_size=self._vocab_size,
             device=device,
             process=process,
+            kernel=self._kernel,
         )
         _refuse_impossible(scored, sequences, prompt_lens)
         return scored

@@ -61,6 +61,7 @@ def deepseek_v3_config(hf_config: Any, max_seq_len: int) -> Any:
 
 
 def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init: Any) -> Any:
+    from torchtitan.models.common.attention import ScaledDotProductAttention
     from torchtitan.models.deepseek_v3 import make_mla_attention_config
     from torchtitan.models.deepseek_v3.model import DeepSeekV3TransformerBlock
 
@@ -76,13 +77,15 @@ def _layer_config(hf_config: Any, index: int, max_seq_len: int, norm: Any, init:
         v_head_dim=hf_config.v_head_dim,
         # Without it, Transformers leaves the softmax scale as it is; so does TorchTitan with 0.
         mscale=rope.get("mscale_all_dim") or 0.0,
-        attn_backend="varlen",
+        attn_backend="flex",
         linear_init=init,
         norm_init={"weight": nn.init.ones_},
         depth_init=lambda _: init,
         rope=_rope_config(rope, hf_config.qk_rope_head_dim, max_seq_len),
     )
     attention.q_norm.eps = attention.kv_norm.eps = LATENT_NORM_EPS
+    # Graft replaces it; TorchTitan's others load kernels that neither vLLM nor Graft needs.
+    attention.inner_attention = ScaledDotProductAttention.Config()
     sparse = is_sparse(hf_config, index)
     return DeepSeekV3TransformerBlock.Config(
         attention_norm=norm(),

@@ -6,6 +6,7 @@ place to mend; when one says that vLLM now does the job, the patch can go.
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from importlib import import_module
 
@@ -133,6 +134,25 @@ def test_the_cpu_kernels_result_does_not_depend_on_the_block_size(dtype, block_s
     monkeypatch.setattr(_vllm_cpu, "_BLOCK_SIZE", block_size)
     got = _vllm_cpu.paged_attention(q, k, v, borders, AttentionSpec(scale=0.125))
     assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(16, 8, 128), (4, 1, 64), (2, 2, 64)])
+def test_the_cpu_kernel_gives_few_queries_the_same_bits_in_any_batch(heads, kv_heads, size, dtype):
+    """Its tiles of keys are a few hundred long, and of another length for many queries."""
+    torch.manual_seed(0)
+    long, other = 1500, 277
+    q, k, v = (torch.randn(long + other, n, size).to(dtype) for n in (heads, kv_heads, kv_heads))
+    spec = AttentionSpec(scale=size**-0.5)
+
+    def attend(*lengths):
+        total, borders = sum(lengths), torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+        return _vllm_cpu.paged_attention(q[:total], k[:total], v[:total], borders, spec)
+
+    alone = attend(long)
+    assert torch.equal(attend(long, other)[:long], alone)
+    assert torch.equal(attend(long, *[1] * 40)[:long], alone)
+    assert torch.equal(attend(long - 3), alone[: long - 3])
 
 
 def test_the_mla_spec_still_takes_what_the_api_promises():
@@ -319,6 +339,22 @@ def test_a_model_config_says_whether_it_plans_a_latent_cache():
 
     assert isinstance(ModelConfig.use_mla, property)
     assert "VLLM_MLA_DISABLE" in inspect.getsource(ModelConfig.use_mla.fget)
+
+
+def test_the_cpu_backend_still_plans_in_a_builder_from_common_metadata():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionMetadataBuilder
+
+    build = inspect.signature(CPUAttentionMetadataBuilder.build).parameters
+    assert list(build)[1:3] == ["common_prefix_len", "common_attn_metadata"]
+    fields = {f.name for f in dataclasses.fields(CommonAttentionMetadata) if f.init}
+    assert fields >= {
+        "query_start_loc", "query_start_loc_cpu", "seq_lens", "num_reqs", "max_query_len",
+        "block_table_tensor", "causal",
+    }  # fmt: skip
+    backend = _vllm_cpu.exact_backend()
+    assert issubclass(backend.get_builder_cls(), CPUAttentionMetadataBuilder)
+    assert backend.get_name() == "CPU_ATTN"
 
 
 def test_packed_products_are_there_for_float32_and_for_bf16_where_the_processor_has_them():

@@ -85,6 +85,28 @@ def test_layers_as_wide_as_those_of_real_models(dtype, tmp_path):
         assert one_by_one == [(12, 12)] * len(tokens)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_contexts_longer_than_the_kernels_tile_of_keys(dtype, tmp_path):
+    """Of 200 to 1,000 keys with such heads; how long it is depends on the cache and the batch."""
+    vllm_graft.register(ARCH, build_qwen3_torchtitan)
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 128}
+    long = qwen3_checkpoint(tmp_path, max_position_embeddings=2048, **heads)
+    tokens = prompts((1500, 40, 700))
+    with engine(
+        long, ARCH, dtype=dtype, max_model_len=1600, max_num_batched_tokens=900,
+        enable_chunked_prefill=True,
+    ) as llm:  # fmt: skip
+        module = live_module(llm)
+        together = generate(llm, tokens, temperature=1.0, max_tokens=8)
+        assert count_equal(module, tokens, together) == (24, 24)
+        alone = [generate(llm, [p], temperature=1.0, max_tokens=8)[0] for p in tokens]
+        assert count_equal(module, tokens, alone) == (24, 24)
+        one_by_one = [
+            count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
+        ]
+        assert one_by_one == [(8, 8)] * len(tokens)
+
+
 def test_training_the_live_module_reaches_the_next_generation(checkpoint):
     tokens = prompts((5, 140))
     with engine(checkpoint, ARCH, dtype="float32") as llm:

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.kernels import AttentionSpec
+from vllm_graft.serve._vllm_cpu import exact_backend
 
 SPLIT_KV_ENV = "VLLM_CPU_ATTN_SPLIT_KV"
 
@@ -209,6 +210,7 @@ def paged_attention_layer(
     head_size: int,
     spec: AttentionSpec,
     has_sinks: bool,
+    exact: bool,
     prefix: str,
     vllm_config: Any,
     on_weights_ready: Callable[[], None],
@@ -237,6 +239,8 @@ def paged_attention_layer(
         **sinks,
     )
     layer.on_weights_ready = on_weights_ready  # type: ignore[assignment]
+    if exact and platform_device() == "cpu":
+        layer.attn_backend = exact_backend()
     return layer
 
 

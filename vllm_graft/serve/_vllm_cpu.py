@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -67,6 +67,10 @@ def paged_attention(
         _ask_for_amx()
     lengths = cu_seqlens[1:] - cu_seqlens[:-1]
     block_table, slots, num_blocks = scratch_blocks(tuple(lengths.tolist()), _BLOCK_SIZE)
+    if spec.causal:
+        few = few_queries(num_heads, num_kv_heads)
+        cu_seqlens, lengths, sample = in_few_queries(cu_seqlens, lengths, few)
+        block_table = block_table[sample]
     cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
@@ -103,6 +107,88 @@ def paged_attention(
         s_aux=kernel_sinks(sinks_N),
     )
     return out
+
+
+_ROWS = 8
+"""Queries times heads that every variant of the kernel takes at once."""
+
+
+def few_queries(num_heads: int, num_kv_heads: int) -> int:
+    """How many queries of a sample to give the kernel as one request.
+
+    It cuts the keys into tiles that fit the cache beside the queries, so of more queries each
+    would add its keys in another order than the one query of a decode step.
+    """
+    return max(1, _ROWS // (num_heads // num_kv_heads))
+
+
+def in_few_queries(
+    cu_queries: torch.Tensor, seq_lens: torch.Tensor, few: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same queries as requests of at most `few` each.
+
+    Args:
+        cu_queries: `[B + 1]` borders of the samples' queries, which are their last tokens.
+        seq_lens: `[B]` tokens of each sample, cached ones and queries.
+        few: from `few_queries`.
+
+    Returns:
+        Borders `[E + 1]` and tokens `[E]` of the requests, int32, and the sample of each `[E]`.
+    """
+    starts, ends = cu_queries[:-1], cu_queries[1:]
+    counts = (ends - starts + few - 1) // few
+    sample = torch.arange(len(counts)).repeat_interleave(counts)
+    within = torch.arange(len(sample)) - (counts.cumsum(0) - counts)[sample]
+    begun = starts[sample] + few * within
+    left = (ends[sample] - begun - few).clamp_(min=0)
+    borders = torch.cat([begun, cu_queries[-1:]])
+    return borders.to(torch.int32), (seq_lens[sample] - left).to(torch.int32), sample
+
+
+@functools.cache
+def exact_backend() -> Any:
+    """VLLM's attention backend for CPU, its requests cut by `in_few_queries`.
+
+    Relies on `CPUAttentionMetadataBuilder.build` planning from `CommonAttentionMetadata`, up to
+    0.32. Can go when the kernel's tiles of keys do not depend on the number of queries.
+    """
+    from vllm.v1.attention.backends.cpu_attn import (
+        CPUAttentionBackend,
+        CPUAttentionMetadataBuilder,
+    )
+
+    class Builder(CPUAttentionMetadataBuilder):  # type: ignore[misc]
+        def build(
+            self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
+        ) -> Any:
+            few = few_queries(self.num_heads, self.num_kv_heads)
+            common = common_attn_metadata
+            if common.causal is True and common.max_query_len > few:
+                common = _cut(common, few)
+            return super().build(common_prefix_len, common, fast_build)
+
+    class ExactCpuBackend(CPUAttentionBackend):  # type: ignore[misc]
+        @staticmethod
+        def get_builder_cls() -> Any:
+            return Builder
+
+    return ExactCpuBackend
+
+
+def _cut(common: Any, few: int) -> Any:
+    requests = common.num_reqs
+    borders, lengths, sample = in_few_queries(
+        common.query_start_loc[: requests + 1], common.seq_lens[:requests], few
+    )
+    return replace(
+        common,
+        query_start_loc=borders,
+        query_start_loc_cpu=borders,
+        seq_lens=lengths,
+        num_reqs=len(lengths),
+        max_query_len=few,
+        block_table_tensor=common.block_table_tensor[sample],
+    )
 
 
 @functools.cache

@@ -24,23 +24,32 @@ class SampledRow:
     """Tokens of the completion before this one."""
 
 
+def samples_in_float32(vllm_config: Any) -> bool:
+    """Whether the sampler must get float32 logits to give a token the same bits in any batch.
+
+    Model runner V2 widens the logits of a batch if one of its requests needs them processed.
+    """
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
 def logprobs_kernel(
     vllm_config: Any,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:
     """By what the engine's sampler reports log-probabilities; None for PyTorch's log-softmax.
 
     Relies on `use_v2_model_runner` and on `compute_token_logprobs` of that runner, as in 0.32:
-    it adds a row up in an order of its own.
+    it adds a row up in an order of its own, which is another one for bf16 logits than for
+    float32 (see `samples_in_float32`).
 
     Returns:
         `(logits [C, V], tokens [C])` to float32 `[C]`, without gradient.
     """
-    if not getattr(vllm_config, "use_v2_model_runner", False):
+    if not samples_in_float32(vllm_config):
         return None
     from vllm.v1.worker.gpu.sample.logprob import compute_token_logprobs
 
     def kernel(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = compute_token_logprobs(logits, tokens[:, None])[:, 0]
+        out: torch.Tensor = compute_token_logprobs(logits.float(), tokens[:, None])[:, 0]
         return out
 
     return kernel

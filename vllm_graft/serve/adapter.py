@@ -18,7 +18,7 @@ from vllm_graft.exact import make_exact, take_products
 from vllm_graft.families.handwritten import PlainForCausalLM
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
-from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp
+from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp, _vllm_sampling
 from vllm_graft.serve.body import make_body
 from vllm_graft.serve.dry_run import DryRun
 from vllm_graft.serve.eval_mode import EvalMode, evaluating
@@ -63,6 +63,8 @@ class GraftForCausalLM(nn.Module):
         self._linears = converted(self.model)
         self._stage = Stage.of(vllm_config)
         self._vocab_size = vllm_config.model_config.get_vocab_size()
+        exact = _vllm.serves_exactly(vllm_config)
+        self._float32_logits = exact and _vllm_sampling.samples_in_float32(vllm_config)
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)
@@ -147,7 +149,8 @@ class GraftForCausalLM(nn.Module):
         with products.serving():
             logits = self._eval_mode.logits(compute, hidden_states)
         # Rows that only pad the vocabulary are no tokens.
-        return logits[..., : self._vocab_size]
+        logits = logits[..., : self._vocab_size]
+        return logits.float() if self._float32_logits else logits
 
     def training_hidden(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Hidden states `[T, D]` with gradient, for the batch in `packed(...)`."""

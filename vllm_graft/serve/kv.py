@@ -164,8 +164,8 @@ def _nothing() -> None:
 
 
 def _paged(module: nn.Module, qualified: str, options: dict[str, Any]) -> PagedAttention:
+    exact = _vllm.serves_exactly(options["vllm_config"])
     if isinstance(module, TrainableMLA):
-        exact = _vllm.serves_exactly(options["vllm_config"])
         layer = _vllm_mla.paged_latent_layer(module, exact=exact, **options)
         return PagedLatent(layer, qualified)
     assert isinstance(module, CoreAttention)  # noqa: S101 - `bind` looked for these two
@@ -175,6 +175,7 @@ def _paged(module: nn.Module, qualified: str, options: dict[str, Any]) -> PagedA
         head_size=module.head_dim,
         spec=module.spec,
         has_sinks=module.has_sinks,
+        exact=exact,
         **options,
     )
     return PagedAttention(layer, qualified)

@@ -10,8 +10,8 @@ import torch
 
 from vllm_graft.serve import _vllm_engine
 
-_LENGTHS = (1, 2, 5, 17, 64, 128, 129, 130, 300)
-"""Prompt lengths around one and several KV blocks."""
+_LENGTHS = (1, 2, 5, 17, 64, 128, 129, 130, 300, 1100)
+"""Prompt lengths around one and several KV blocks, and past a kernel's tile of keys."""
 _BUDGET = 48
 """Tokens per step that force a prompt into chunks."""
 
@@ -57,7 +57,7 @@ def verify_exactness(
 
     Args:
         llm: a `TrainableLLM`.
-        prompts: token lists; by default random ones of 1 to 300 tokens.
+        prompts: token lists; by default random ones of 1 to 1,100 tokens.
         max_tokens: new tokens per prompt and path.
         show: print each path when it is done.
 

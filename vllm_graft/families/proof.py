@@ -127,7 +127,8 @@ def _tokens(old: Any, new: Any) -> torch.Tensor:
     """Random input `[1, L, D]` scaled so that the attention scores have a healthy spread."""
     weight = old.wq.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _length(new), weight.shape[1], generator=generator).to(weight)
+    shape = (1, _length(new), weight.shape[1])
+    x = torch.randn(shape, generator=generator, device="cpu").to(weight)
     q, k, _ = new._project(x)
     heads = min(q.shape[-2], k.shape[-2])
     scores = torch.einsum("blnh,bmnh->bnlm", q[..., :heads, :].float(), k[..., :heads, :].float())

@@ -216,7 +216,7 @@ def _trial(
     """Random tokens `[1, L, D]`, and the RoPE table where the block is given one."""
     weight = attention.wkv_a.weight
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _LENGTH, c.hidden_size, generator=generator).to(weight)
+    x = torch.randn(1, _LENGTH, c.hidden_size, generator=generator, device="cpu").to(weight)
     if new_class is TitanMLA:
         return x, ()
     dims = torch.arange(0, c.qk_rope_head_dim, 2, device=x.device).float()

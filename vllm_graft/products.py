@@ -32,7 +32,7 @@ class Kernel(Protocol):
 
 
 class Packer(Protocol):
-    """Packs weights and multiplies by them (`serve._vllm_cpu` has one)."""
+    """Packs weights and multiplies by them (`serve._vllm_packed` has one)."""
 
     def takes(self, weight: torch.Tensor) -> bool:
         """Whether products by `weight` have the bits of `exact.linear`."""

@@ -15,7 +15,7 @@ import torch
 
 from tests.support import python, relative_error
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.serve import _vllm, _vllm_cpu
+from vllm_graft.serve import _vllm, _vllm_cpu, _vllm_packed
 
 
 def test_the_registry_still_refuses_functions_by_itself():
@@ -358,15 +358,15 @@ def test_the_cpu_backend_still_plans_in_a_builder_from_common_metadata():
 
 
 def test_packed_products_are_there_for_float32_and_for_bf16_where_the_processor_has_them():
-    assert _vllm_cpu.packs(torch.float32)
-    assert _vllm_cpu.packs(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    assert _vllm_packed.packs(torch.float32)
+    assert _vllm_packed.packs(torch.bfloat16) == torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packed_products_give_a_row_the_same_bits_in_any_batch(dtype):
-    if not _vllm_cpu.packs(dtype):
+    if not _vllm_packed.packs(dtype):
         pytest.skip(f"no packed products in {dtype} on this processor")
-    packer = _vllm_cpu.CpuPacker(exact=False)
+    packer = _vllm_packed.CpuPacker(exact=False)
     weight, x = torch.randn(96, 64).to(dtype), torch.randn(33, 64).to(dtype)
     kernel = packer.pack(weight)
     whole = packer.multiply(x, None, kernel.handle, 96)

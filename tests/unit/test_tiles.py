@@ -179,7 +179,7 @@ def test_products_of_heads_give_a_row_the_same_bits_in_any_batch(dtype) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_packed_products_have_the_bits_of_linear_or_are_not_taken(shape, dtype) -> None:
     pytest.importorskip("vllm")
-    from vllm_graft.serve._vllm_cpu import CpuPacker
+    from vllm_graft.serve._vllm_packed import CpuPacker
 
     inputs, outputs = shape
     weight = torch.nn.Parameter(cancelling((outputs, inputs), dtype, seed=0))

@@ -7,17 +7,15 @@ R latent rank, P rope dims.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.exact import compiled_serving, define_op
 from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
-from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
 LATENT_BLOCK_SIZE = 16
@@ -76,19 +74,7 @@ def paged_attention(
     ops.cpu_attn_reshape_and_cache(
         k_TKH.contiguous(), v_TKH.contiguous(), key_cache, value_cache, slots, isa
     )
-    schedule = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_size,
-        seq_lens=lengths,
-        dtype=q_TNH.dtype,
-        query_start_loc=cu_seqlens,
-        causal=spec.causal,
-        sliding_window_size=window,
-        isa=isa,
-        enable_kv_split=False,
-    )
+    schedule = _schedule(q_TNH, num_kv_heads, cu_seqlens, lengths, spec, isa)
     out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     ops.cpu_attention_with_kv_cache(
         query=q_TNH.contiguous(),
@@ -107,6 +93,33 @@ def paged_attention(
         s_aux=kernel_sinks(sinks_N),
     )
     return out
+
+
+def _schedule(
+    q_TNH: torch.Tensor,
+    num_kv_heads: int,
+    cu_seqlens: torch.Tensor,
+    lengths: torch.Tensor,
+    spec: AttentionSpec,
+    isa: str,
+) -> torch.Tensor:
+    """The kernel's own plan of which thread attends to what."""
+    from vllm import _custom_ops as ops
+
+    plan: torch.Tensor = ops.cpu_attn_get_scheduler_metadata(
+        num_reqs=len(lengths),
+        num_heads=q_TNH.shape[1],
+        num_kv_heads=num_kv_heads,
+        head_dim=q_TNH.shape[2],
+        seq_lens=lengths,
+        dtype=q_TNH.dtype,
+        query_start_loc=cu_seqlens,
+        causal=spec.causal,
+        sliding_window_size=-1 if spec.sliding_window is None else spec.sliding_window,
+        isa=isa,
+        enable_kv_split=False,
+    )
+    return plan
 
 
 _ROWS = 8
@@ -299,148 +312,3 @@ def rms_norm_kernel() -> Callable[[torch.Tensor, torch.Tensor | None, float], to
         return out
 
     return rms_norm
-
-
-@functools.cache
-def packs(dtype: torch.dtype) -> bool:
-    """Whether this processor has packed products in `dtype`: bf16 ones need AVX-512."""
-    from vllm import _custom_ops as ops
-
-    if not ops._supports_onednn:
-        return False
-    try:
-        ops.create_onednn_mm(torch.zeros(32, 32, dtype=dtype).t(), 32)
-    except RuntimeError:  # oneDNN has no such primitive; vLLM's own layers go without it too
-        return False
-    return True
-
-
-class CpuPacker:
-    """vLLM's packed oneDNN products, by which its own linear layers serve on CPU.
-
-    Relies on `create_onednn_mm` and `onednn_mm` of `vllm._custom_ops`, up to 0.32.
-
-    Args:
-        exact: take only weights whose products have the bits of `exact.linear`, and give a row
-            the same bits among any others.
-    """
-
-    def __init__(self, *, exact: bool) -> None:
-        self._exact = exact
-        self._dtypes = tuple(filter(packs, (torch.bfloat16, torch.float32)))
-
-    def takes(self, weight: torch.Tensor) -> bool:
-        """Whether `weight` is a matrix that may be packed."""
-        plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
-        fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
-        if not (fits and weight.device.type == "cpu"):
-            return False
-        return self.joins([weight])
-
-    def joins(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether one product by `weights` has the bits of a product by each."""
-        rows = tuple(weight.shape[0] for weight in weights)
-        return not self._exact or _adds_as_linear(rows, weights[0].shape[1], weights[0].dtype)
-
-    def pack(self, weight: torch.Tensor) -> OneDnnKernel:
-        """A packed copy of `[M, K]`."""
-        return _packed(weight)
-
-    def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
-    ) -> torch.Tensor:
-        """`[..., K]` to `[..., rows]`; see `products.Packer`."""
-        flat = x.reshape(-1, x.shape[-1])
-        if self._exact:
-            out = _multiply_exactly(flat, bias, handle, rows)
-        else:
-            out = _multiply(flat, bias, handle, rows)
-        return out.view(*x.shape[:-1], rows)
-
-
-def _packed(weight: torch.Tensor) -> OneDnnKernel:
-    from vllm import _custom_ops as ops
-
-    return OneDnnKernel(ops.create_onednn_mm(weight.t(), 32))
-
-
-def _multiply(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-) -> torch.Tensor:
-    out = x.new_empty(x.shape[0], outputs)
-    torch.ops._C.onednn_mm(out, x.contiguous(), bias, handle)
-    return out
-
-
-def _multiply_exactly(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-) -> torch.Tensor:
-    """`_multiply` by numbers of rows that give each the same bits."""
-    if not compiled_serving():
-        return _multiply_by_rows(x, bias, handle, outputs)
-    step = _packed_step(outputs, x.shape[1], x.dtype)
-    if step is None:
-        out: torch.Tensor = torch.ops.vllm_graft.packed_linear(x, bias, handle, outputs)
-        return out
-    # One graph serves all numbers of rows and believes that they are two at least: a lone row
-    # follows from the remainder.
-    rows = x.shape[0]
-    return _multiply(F.pad(x, (0, 0, 0, -rows % step)), bias, handle, outputs)[:rows]
-
-
-def _multiply_by_rows(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-) -> torch.Tensor:
-    def fill(part: torch.Tensor, room: torch.Tensor) -> None:
-        torch.ops._C.onednn_mm(room, part, bias, handle)
-
-    out = x.new_empty(x.shape[0], outputs)
-    fill_by_rows(fill, x.contiguous(), out, _packed_rows(outputs, x.shape[1], x.dtype))
-    return out
-
-
-define_op(
-    "packed_linear(Tensor x, Tensor? bias, Tensor handle, int outputs) -> Tensor",
-    _multiply_by_rows,
-    lambda x, bias, handle, outputs: x.new_empty(x.shape[0], outputs),
-)
-
-
-def _by_packed_weight(weight: torch.Tensor) -> Product:
-    kernel = _packed(weight)
-    return lambda x: _multiply(x, None, kernel.handle, weight.shape[0])
-
-
-def _packed_rows(outputs: int, inputs: int, dtype: torch.dtype) -> Rows:
-    return linear_rows(_by_packed_weight, outputs, inputs, dtype, torch.get_num_threads())
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _packed_step(outputs: int, inputs: int, dtype: torch.dtype) -> int | None:
-    return _packed_rows(outputs, inputs, dtype).step
-
-
-@functools.cache
-def _adds_as_linear(rows: tuple[int, ...], inputs: int, dtype: torch.dtype) -> bool:
-    """Whether a packed product has the bits of a `F.linear` by each part of the weight.
-
-    In float32 it often has not.
-    """
-
-    def apart(weight: torch.Tensor) -> Product:
-        return lambda x: torch.cat([F.linear(x, part) for part in weight.split(rows)], -1)
-
-    return same_order(_by_packed_weight, apart, sum(rows), inputs, dtype)
-
-
-@dataclass(frozen=True)
-class OneDnnKernel:
-    """Keeps vLLM's handler alive, which frees the packed weight when it goes."""
-
-    handler: Any
-
-    @property
-    def handle(self) -> torch.Tensor:
-        """The address of the handler, `[1]` int64."""
-        address: torch.Tensor = self.handler.handler_tensor.view(1)
-        return address

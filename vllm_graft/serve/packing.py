@@ -15,7 +15,7 @@ from torch import nn
 from vllm_graft import exact, products
 from vllm_graft.joined import join_products
 from vllm_graft.products import Call, Group, Packer
-from vllm_graft.serve import _vllm, _vllm_cpu
+from vllm_graft.serve import _vllm, _vllm_packed
 from vllm_graft.serve.freed import return_freed_memory
 from vllm_graft.weights.slots import slots, tensor_in
 
@@ -129,7 +129,7 @@ def packing_for(model: nn.Module, vllm_config: Any) -> Packing:
     """The packing that this platform has and `vllm_config` asks for."""
     exactly, chosen = _vllm.serves_exactly(vllm_config), _vllm.packing(vllm_config)
     on_cpu = _vllm.platform_device() == "cpu"
-    packer = _vllm_cpu.CpuPacker(exact=exactly) if on_cpu and chosen != "off" else None
+    packer = _vllm_packed.CpuPacker(exact=exactly) if on_cpu and chosen != "off" else None
     return Packing(
         model,
         packer,

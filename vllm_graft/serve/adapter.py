@@ -259,7 +259,7 @@ def _refuse_latent_on_cards(arch: str, model: nn.Module) -> None:
     if latent and _vllm.platform_device() != "cpu":
         raise ValueError(
             f"{arch}: log-probabilities of latent attention are exact on CPU only; pass "
-            f"exact=False to TrainableLLM, or additional_config={{{_vllm.EXACT_OPTION!r}: False}} to vLLM"
+            f"exact=False to TrainableLLM, or {_vllm.EXACT_OPTION}=False in vLLM's additional_config"
         )
 
 

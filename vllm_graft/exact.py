@@ -21,7 +21,16 @@ from torch.autograd.function import once_differentiable
 
 from vllm_graft import norms
 from vllm_graft.products import packed_product
-from vllm_graft.tiles import Product, Rows, by_rows, cancelling, linear_rows, trial_rows, try_rows
+from vllm_graft.tiles import (
+    Product,
+    Rows,
+    aligned,
+    by_rows,
+    cancelling,
+    linear_rows,
+    trial_rows,
+    try_rows,
+)
 
 
 def make_exact(model: nn.Module) -> None:
@@ -116,7 +125,7 @@ class _Linear(torch.autograd.Function):
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     allowed = allowed_rows(x, weight)
     if allowed.whole(x.shape[:-1].numel()):
-        return F.linear(x, weight, bias)
+        return F.linear(aligned(x), weight, bias)
     flat = by_rows(lambda part: F.linear(part, weight, bias), x.flatten(0, -2), allowed)
     return flat.view(*x.shape[:-1], -1)
 

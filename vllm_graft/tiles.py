@@ -29,6 +29,8 @@ _LARGEST = 1 << 23
 _LARGEST_WEIGHT = 1 << 27
 """A weight with more numbers is not tried at all, and multiplied by `TILE` rows."""
 _SHIFT = 7
+_LINE = 64
+"""Bytes of a cache line, on which PyTorch's own tensors begin."""
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 """`[R, K]` to `[R, M]`."""
@@ -104,10 +106,15 @@ def fill_by_rows(
         first += size
 
 
+def aligned(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a copy where it does not begin on a cache line: MKL may then add in another order."""
+    return x if x.data_ptr() % _LINE == 0 else x.clone()
+
+
 def _padded_product(product: Product, x: torch.Tensor, size: int) -> torch.Tensor:
     rows = x.shape[0]
     if rows == size:
-        return product(x)
+        return product(aligned(x))
     return product(F.pad(x, (0, 0) * (x.dim() - 1) + (0, size - rows)))[:rows]
 
 
@@ -121,7 +128,7 @@ def try_rows(product: Product, x: torch.Tensor) -> Rows:
 
     def agrees(count: int, first: int = 0) -> bool:
         rows = slice(first, first + count)
-        return torch.equal(product(x[rows]), want[rows])
+        return torch.equal(product(aligned(x[rows])), want[rows])
 
     def multiples_agree(step: int) -> bool:
         padded = {count + -count % step for count in _COUNTS}

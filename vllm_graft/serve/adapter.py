@@ -258,8 +258,8 @@ def _refuse_latent_on_cards(arch: str, model: nn.Module) -> None:
     latent = any(isinstance(module, TrainableMLA) for module in model.modules())
     if latent and _vllm.platform_device() != "cpu":
         raise ValueError(
-            f"{arch}: log-probabilities of latent attention are exact on CPU only; pass "
-            f"exact=False to TrainableLLM, or {_vllm.EXACT_OPTION}=False in vLLM's additional_config"
+            f"{arch}: log-probabilities of latent attention are exact on CPU only; "
+            f"pass exact=False to TrainableLLM, or {_vllm.EXACT_OPTION}=False in vLLM's additional_config"
         )
 
 

@@ -259,7 +259,8 @@ def _refuse_latent_on_cards(arch: str, model: nn.Module) -> None:
     if latent and _vllm.platform_device() != "cpu":
         raise ValueError(
             f"{arch}: log-probabilities of latent attention are exact on CPU only; "
-            f"pass exact=False to TrainableLLM, or {_vllm.EXACT_OPTION}=False in vLLM's additional_config"
+            "pass exact=False to TrainableLLM, or to vLLM "
+            f"additional_config={{{_vllm.EXACT_OPTION!r}: False}}"
         )
 
 

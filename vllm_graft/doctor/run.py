@@ -19,7 +19,7 @@ from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.references import original_reference, transformers_reference
 from vllm_graft.doctor.report import Report
 from vllm_graft.doctor.sides import Adapted, Prompts, trace
-from vllm_graft.serve import _vllm_engine
+from vllm_graft.serve import _vllm, _vllm_engine
 from vllm_graft.weights.save import save_checkpoint
 
 _LENGTHS = (5, 40, 150)
@@ -109,7 +109,7 @@ class _Examination:
 
         self.progress("starting the engine")
         llm = TrainableLLM(
-            checkpoint, arch=self.arch,
+            checkpoint, arch=self.arch, exact=_vllm.platform_device() == "cpu",
             **{**_vllm_options(self.longest), **options},
         )  # fmt: skip
         try:

@@ -40,6 +40,7 @@ def export(
 
 
 def _export(checkpoint: str, name: str, out: Path) -> int:
+    from vllm_graft.serve import _vllm
     from vllm_graft.train.llm import TrainableLLM
     from vllm_graft.weights.save import save_checkpoint
 
@@ -49,7 +50,7 @@ def _export(checkpoint: str, name: str, out: Path) -> int:
     try:
         llm = TrainableLLM(
             checkpoint, arch=name, dtype=dtype, enforce_eager=True, max_model_len=128,
-            skip_tokenizer_init=True,
+            skip_tokenizer_init=True, exact=_vllm.platform_device() == "cpu",
         )  # fmt: skip
         try:
             return len(save_checkpoint(llm.model, checkpoint, out))

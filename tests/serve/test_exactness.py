@@ -38,6 +38,21 @@ def count_equal(module, tokens, completions) -> tuple[int, int]:
     return sum(got == want for got, want in pairs), len(pairs)
 
 
+def assert_equal_every_way(llm, tokens, new) -> None:
+    """`new` tokens a prompt: in one batch, each alone in its batch, and trained one by one."""
+    module, sampling = live_module(llm), {"temperature": 1.0, "max_tokens": new}
+    every = (new * len(tokens), new * len(tokens))
+    together = generate(llm, tokens, **sampling)
+    assert count_equal(module, tokens, together) == every
+    # The same prompts again: from the prefix cache, where there is one.
+    alone = [generate(llm, [prompt], **sampling)[0] for prompt in tokens]
+    assert count_equal(module, tokens, alone) == every
+    one_by_one = [
+        count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
+    ]
+    assert one_by_one == [(new, new)] * len(tokens)
+
+
 @pytest.mark.parametrize(
     "eager", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["eager", "compiled"]
 )
@@ -48,17 +63,7 @@ def test_every_sampled_token_is_equal(checkpoint, dtype, eager):
         checkpoint, ARCH, dtype=dtype, enforce_eager=eager, enable_prefix_caching=True,
         max_num_batched_tokens=192, enable_chunked_prefill=True,
     ) as llm:  # fmt: skip
-        module = live_module(llm)
-        sampling = {"temperature": 1.0, "max_tokens": 40}
-        together = generate(llm, tokens, **sampling)
-        assert count_equal(module, tokens, together) == (360, 360)
-        # The same prompts again, now from the prefix cache, and each alone in its batch.
-        cached = [generate(llm, [prompt], **sampling)[0] for prompt in tokens]
-        assert count_equal(module, tokens, cached) == (360, 360)
-        one_by_one = [
-            count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
-        ]
-        assert one_by_one == [(40, 40)] * len(tokens)
+        assert_equal_every_way(llm, tokens, new=40)
 
 
 WIDE = {
@@ -74,15 +79,7 @@ def test_layers_as_wide_as_those_of_real_models(dtype, tmp_path):
     wide = qwen3_checkpoint(tmp_path, **WIDE)
     tokens = prompts(MIXED_LENGTHS)
     with engine(wide, ARCH, dtype=dtype) as llm:
-        module = live_module(llm)
-        together = generate(llm, tokens, temperature=1.0, max_tokens=12)
-        assert count_equal(module, tokens, together) == (108, 108)
-        alone = [generate(llm, [p], temperature=1.0, max_tokens=12)[0] for p in tokens]
-        assert count_equal(module, tokens, alone) == (108, 108)
-        one_by_one = [
-            count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
-        ]
-        assert one_by_one == [(12, 12)] * len(tokens)
+        assert_equal_every_way(llm, tokens, new=12)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -96,15 +93,7 @@ def test_contexts_longer_than_the_kernels_tile_of_keys(dtype, tmp_path):
         long, ARCH, dtype=dtype, max_model_len=1600, max_num_batched_tokens=900,
         enable_chunked_prefill=True,
     ) as llm:  # fmt: skip
-        module = live_module(llm)
-        together = generate(llm, tokens, temperature=1.0, max_tokens=8)
-        assert count_equal(module, tokens, together) == (24, 24)
-        alone = [generate(llm, [p], temperature=1.0, max_tokens=8)[0] for p in tokens]
-        assert count_equal(module, tokens, alone) == (24, 24)
-        one_by_one = [
-            count_equal(module, [prompt], [c]) for prompt, c in zip(tokens, together, strict=True)
-        ]
-        assert one_by_one == [(8, 8)] * len(tokens)
+        assert_equal_every_way(llm, tokens, new=8)
 
 
 def test_training_the_live_module_reaches_the_next_generation(checkpoint):

@@ -21,6 +21,7 @@ HOOKED = {
     "vllm.v1.executor.abstract": ("registry", "guard"),
     "vllm.v1.engine.core": ("lifetime", "watch_core"),
     "vllm.v1.executor.multiproc_executor": ("lifetime", "watch_workers"),
+    "vllm.distributed.device_communicators.cpu_communicator": ("lifetime", "watch_ranks"),
     "vllm.v1.worker.gpu_worker": ("_vllm_transfer", "prepare_worker"),
     "vllm.entrypoints.launchers.api_server.routers": ("_vllm_routes", "mount"),
 }

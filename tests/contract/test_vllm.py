@@ -401,3 +401,14 @@ def test_the_attention_kernel_asks_for_amx_tiles_before_anything_else_has():
         "print('equal', paged_attention(q, kv, kv, ends, AttentionSpec(scale=0.125)).unique())"
     )
     assert "equal tensor([1.]" in python(code).stdout
+
+
+def test_cpu_ranks_have_mapped_their_memory_when_its_names_are_removed():
+    """`unlink_when_shared` needs the name before, and every rank's mapping behind it."""
+    from vllm.distributed.device_communicators.cpu_communicator import _CPUSHMDistributed as Shared
+
+    made = inspect.getsource(Shared.__init__)
+    assert made.index("self.group_name = ") < made.index("self._init_cpu_shm()")
+    mapping = inspect.getsource(Shared._init_cpu_shm)
+    assert mapping.index("init_shm_manager") < mapping.index("join_shm_manager")
+    assert "barrier" in mapping[mapping.index("join_shm_manager") :]

@@ -23,6 +23,14 @@ START_S = 300
 END_S = 30
 
 
+@pytest.fixture(autouse=True)
+def nothing_left_in_shared_memory() -> Iterator[None]:
+    """Of what vLLM's CPU ranks share; other engines of this machine would count too."""
+    before = set(Path("/dev/shm").glob("*cpushm*"))
+    yield
+    assert set(Path("/dev/shm").glob("*cpushm*")) <= before
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen3_checkpoint(tmp_path_factory.mktemp("lifetimes") / "checkpoint")

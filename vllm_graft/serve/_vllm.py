@@ -114,25 +114,6 @@ def guard_engine_start(executor: ModuleType, check: Callable[[list[str]], None])
     executor.Executor.get_class = staticmethod(get_class)
 
 
-def run_first(owner: type, entry: str, prepare: Callable[[], None]) -> None:
-    """Call `prepare()` at the start of a child process that runs `owner.entry`.
-
-    Relies on `EngineCoreProc.run_engine_core` and `WorkerProc.worker_main`, static methods
-    that up to 0.32 are the targets of vLLM's processes. Can go when vLLM's engine core
-    ends with its parent. Idempotent.
-    """
-    stock = getattr(owner, entry)
-    if hasattr(stock, "__wrapped__"):
-        return
-
-    @functools.wraps(stock)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        prepare()
-        return stock(*args, **kwargs)
-
-    setattr(owner, entry, staticmethod(run))
-
-
 # --- model construction -----------------------------------------------------
 
 

@@ -7,8 +7,9 @@ R latent rank, P rope dims.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,47 +60,74 @@ def paged_attention(
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     (_, num_heads, head_size), num_kv_heads = q_TNH.shape, k_TKH.shape[1]
-    window = -1 if spec.sliding_window is None else spec.sliding_window
     isa = _get_attn_isa(q_TNH.dtype, _BLOCK_SIZE, head_size)
     if isa == "amx":
         _ask_for_amx()
-    lengths = cu_seqlens[1:] - cu_seqlens[:-1]
-    block_table, slots, num_blocks = scratch_blocks(tuple(lengths.tolist()), _BLOCK_SIZE)
-    if spec.causal:
-        few = few_queries(num_heads, num_kv_heads)
-        cu_seqlens, lengths, sample = in_few_queries(cu_seqlens, lengths, few)
-        block_table = block_table[sample]
-    cache = q_TNH.new_zeros(num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
+    few = few_queries(num_heads, num_kv_heads) if spec.causal else None
+    requests = _requests(tuple(cu_seqlens.diff().tolist()), _BLOCK_SIZE, few)
+    cache = q_TNH.new_zeros(requests.num_blocks, num_kv_heads, 2 * _BLOCK_SIZE, head_size)
     key_cache, value_cache = cache.chunk(2, dim=2)
     ops.cpu_attn_reshape_and_cache(
-        k_TKH.contiguous(), v_TKH.contiguous(), key_cache, value_cache, slots, isa
+        k_TKH.contiguous(), v_TKH.contiguous(), key_cache, value_cache, requests.slots, isa
     )
-    schedule = _schedule(q_TNH, num_kv_heads, cu_seqlens, lengths, spec, isa)
     out = torch.empty_like(q_TNH, memory_format=torch.contiguous_format)
     ops.cpu_attention_with_kv_cache(
         query=q_TNH.contiguous(),
         key_cache=key_cache,
         value_cache=value_cache,
         output=out,
-        query_start_loc=cu_seqlens,
-        seq_lens=lengths,
+        query_start_loc=requests.borders,
+        seq_lens=requests.lengths,
         scale=spec.scale,
         causal=spec.causal,
         alibi_slopes=None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes),
-        sliding_window=window,
-        block_table=block_table,
+        sliding_window=_window(spec),
+        block_table=requests.block_table,
         softcap=spec.softcap or 0.0,
-        scheduler_metadata=schedule,
+        scheduler_metadata=_schedule(q_TNH, num_kv_heads, requests, spec, isa),
         s_aux=kernel_sinks(sinks_N),
     )
     return out
 
 
+@dataclass(frozen=True)
+class _Requests:
+    """Packed samples as the kernel takes them: E requests in a KV cache of their own."""
+
+    borders: torch.Tensor
+    """`[E + 1]` int32 borders of the queries."""
+    lengths: torch.Tensor
+    """`[E]` int32 keys up to the last query of each."""
+    block_table: torch.Tensor
+    """`[E, M]` int32."""
+    slots: torch.Tensor
+    """`[T]` int64 place of every token."""
+    num_blocks: int
+
+
+@functools.lru_cache(maxsize=8)
+def _requests(sizes: tuple[int, ...], block_size: int, few: int | None) -> _Requests:
+    """Of samples of so many tokens, in at most `few` queries each (None: whole).
+
+    Kept, because every layer of a model asks for the same ones.
+    """
+    block_table, slots, num_blocks = scratch_blocks(sizes, block_size)
+    lengths = torch.tensor(sizes, dtype=torch.int32)
+    borders = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32)
+    if few is not None:
+        borders, lengths, sample = in_few_queries(borders, lengths, few)
+        block_table = block_table[sample]
+    return _Requests(borders, lengths, block_table, slots, num_blocks)
+
+
+def _window(spec: AttentionSpec) -> int:
+    return -1 if spec.sliding_window is None else spec.sliding_window
+
+
 def _schedule(
     q_TNH: torch.Tensor,
     num_kv_heads: int,
-    cu_seqlens: torch.Tensor,
-    lengths: torch.Tensor,
+    requests: _Requests,
     spec: AttentionSpec,
     isa: str,
 ) -> torch.Tensor:
@@ -107,15 +135,15 @@ def _schedule(
     from vllm import _custom_ops as ops
 
     plan: torch.Tensor = ops.cpu_attn_get_scheduler_metadata(
-        num_reqs=len(lengths),
+        num_reqs=len(requests.lengths),
         num_heads=q_TNH.shape[1],
         num_kv_heads=num_kv_heads,
         head_dim=q_TNH.shape[2],
-        seq_lens=lengths,
+        seq_lens=requests.lengths,
         dtype=q_TNH.dtype,
-        query_start_loc=cu_seqlens,
+        query_start_loc=requests.borders,
         causal=spec.causal,
-        sliding_window_size=-1 if spec.sliding_window is None else spec.sliding_window,
+        sliding_window_size=_window(spec),
         isa=isa,
         enable_kv_split=False,
     )

@@ -1,4 +1,4 @@
-"""Engine processes end with the process that started them.
+"""Engine processes end with the process that started them, and leave nothing behind.
 
 Stock vLLM up to 0.32 leaves its engine core, and with it the workers, alive when the parent is
 killed: the core waits for requests that nobody will send. A worker that is still loading
@@ -18,16 +18,24 @@ from vllm_graft.serve.registry import registrations
 
 def watch_core(core: ModuleType) -> None:
     """Called when vLLM's engine core module was just imported."""
-    from vllm_graft.serve import _vllm
+    from vllm_graft.serve import _vllm_processes
 
-    _vllm.run_first(core.EngineCoreProc, "run_engine_core", end_with_parent)
+    _vllm_processes.run_first(core.EngineCoreProc, "run_engine_core", end_with_parent)
 
 
 def watch_workers(executor: ModuleType) -> None:
     """Called when vLLM's multiprocessing executor was just imported."""
-    from vllm_graft.serve import _vllm
+    from vllm_graft.serve import _vllm_processes
 
-    _vllm.run_first(executor.WorkerProc, "worker_main", end_with_parent)
+    _vllm_processes.run_first(executor.WorkerProc, "worker_main", end_with_parent)
+
+
+def watch_ranks(communicator: ModuleType) -> None:
+    """Called when vLLM's communicator of CPU ranks was just imported."""
+    from vllm_graft.serve import _vllm_processes
+
+    if registrations():
+        _vllm_processes.unlink_when_shared(communicator._CPUSHMDistributed)
 
 
 def end_with_parent() -> None:

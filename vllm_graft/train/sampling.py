@@ -71,7 +71,7 @@ def _slopes(
     slopes = torch.ones_like(logits, dtype=torch.float32)
     for row, (p, tokens) in enumerate(zip(params, seen, strict=True)):
         if p.repetition_penalty != 1.0:
-            index = torch.tensor(sorted(set(tokens)), device=logits.device)
+            index = torch.tensor(sorted(set(tokens)), dtype=torch.long, device=logits.device)
             biased = logits[row].to(torch.float32, copy=True)
             for token, bias in (p.logit_bias or {}).items():
                 biased[token] += bias

@@ -71,7 +71,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
         `[..., M]`.
     """
     if x.device.type != "cpu":
-        return F.linear(x, weight, bias)
+        return _multiply(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     if compiled_serving():
@@ -125,15 +125,31 @@ class _Linear(torch.autograd.Function):
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     allowed = allowed_rows(x, weight)
     if allowed.whole(x.shape[:-1].numel()):
-        return F.linear(aligned(x), weight, bias)
-    flat = by_rows(lambda part: F.linear(part, weight, bias), x.flatten(0, -2), allowed)
+        return _multiply(aligned(x), weight, bias)
+    flat = by_rows(lambda part: _multiply(part, weight, bias), x.flatten(0, -2), allowed)
     return flat.view(*x.shape[:-1], -1)
+
+
+def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if _is_sharded(weight) and torch.is_inference_mode_enabled():
+        # There DTensor plans the product as a whole, and by its sizes: the bias is added
+        # before or after the sum over ranks. Outside, as in training, each rank multiplies what
+        # it holds. DTensors make no views from one mode to the other, so what comes out is copied.
+        rows = x.flatten(0, -2)
+        with torch.inference_mode(False), torch.no_grad():
+            flat = F.linear(rows, weight, bias)
+        return flat.clone().view(*x.shape[:-1], -1)
+    return F.linear(x, weight, bias)
+
+
+def _is_sharded(weight: torch.Tensor) -> bool:
+    return hasattr(weight, "to_local")
 
 
 def allowed_rows(x: torch.Tensor, weight: torch.Tensor) -> Rows:
     """By how many rows of `x` to multiply."""
     # A DTensor multiplies by its shard.
-    held = weight.to_local() if hasattr(weight, "to_local") else weight
+    held: Any = weight.to_local() if _is_sharded(weight) else weight  # type: ignore[attr-defined]
     return linear_rows(by_weight, *held.shape, x.dtype, torch.get_num_threads())
 
 

@@ -96,15 +96,18 @@ def assert_all_end(processes: list[psutil.Process]) -> None:
     assert alive == []
 
 
-def test_a_killed_worker_ends_the_program_with_an_error_that_names_it(checkpoint, tmp_path):
+def test_a_killed_worker_ends_the_program_with_an_error(checkpoint, tmp_path):
     log = tmp_path / "log"
     with program(checkpoint, log, QWEN3, "never") as parent:
         everyone = serving(parent, log)
         members(parent, "VLLM::Worker_TP1")[0].kill()
         assert parent.wait(END_S) == 1
         assert_all_end(everyone)
-    assert "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)" in log.read_text()
-    assert "EngineDeadError: EngineCore encountered an issue" in log.read_text()
+    told = log.read_text()
+    # Who notices first: vLLM's watch over its processes, or the rank that waits for the dead one.
+    watched = "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)" in told
+    assert watched or re.search(r"Worker failed with error '.*Connection reset by peer", told)
+    assert "EngineDeadError: EngineCore encountered an issue" in told
 
 
 def test_a_killed_parent_leaves_nobody(checkpoint, tmp_path):

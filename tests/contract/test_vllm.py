@@ -38,6 +38,13 @@ def test_register_model_is_a_method_with_the_known_arguments():
     assert hasattr(stock, "__wrapped__"), "the start-up hook did not patch the registry"
 
 
+def test_vllm_still_lists_which_models_are_its_own():
+    from vllm.model_executor.models.registry import _VLLM_MODELS
+
+    assert _VLLM_MODELS["Qwen3ForCausalLM"] == ("qwen3", "Qwen3ForCausalLM")
+    assert _VLLM_MODELS["TransformersForCausalLM"][0] == "transformers"
+
+
 def test_engines_still_ask_for_their_executor_class():
     from vllm.v1.engine import async_llm, llm_engine
     from vllm.v1.executor.abstract import Executor

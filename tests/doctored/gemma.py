@@ -15,7 +15,7 @@ from torch import nn
 
 import vllm_graft
 from vllm_graft.doctor.rotations import Rope
-from vllm_graft.doctor.sides import Adapted, Reference
+from vllm_graft.doctor.sides import Adapted, ModuleReference
 
 WIDTH, HEADS, KV_HEADS, SIZE, VOCAB, THETA, SCALAR = 128, 4, 2, 32, 97, 1_000_000.0, 48
 ROPE = {"rope_type": "default", "rope_theta": THETA}
@@ -111,7 +111,7 @@ def ports():
     model = Gemma()
     model.load_state_dict(original.state_dict())
     port = vllm_graft.adapt(model)
-    reference = Reference(original, lambda t: original(t[None]).logits[0], "transformers")
+    reference = ModuleReference(original, lambda t: original(t[None]).logits[0], "transformers")
     return Adapted(port), reference, config
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from vllm_graft.doctor.rotations import Rope
-from vllm_graft.doctor.sides import Adapted, Reference
+from vllm_graft.doctor.sides import Adapted, ModuleReference
 from vllm_graft.examples.qwen3_torchtitan import build_qwen3_torchtitan
 
 WIDTH, SIZE, VOCAB, THETA = 128, 32, 97, 1_000_000.0
@@ -41,7 +41,7 @@ def ports():
             attention.get_submodule(name).bias = nn.Parameter(bias.clone())
     port.scaling = port.model.tok_embeddings.register_forward_hook(_scale)
     original.model.embed_tokens.register_forward_hook(_scale)
-    reference = Reference(original, lambda t: original(t[None]).logits[0], "transformers")
+    reference = ModuleReference(original, lambda t: original(t[None]).logits[0], "transformers")
     return Adapted(port), reference, original.config
 
 

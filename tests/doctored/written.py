@@ -12,7 +12,7 @@ from torch import nn
 
 from vllm_graft import CoreAttention
 from vllm_graft.doctor.rotations import Rope
-from vllm_graft.doctor.sides import Adapted, Reference
+from vllm_graft.doctor.sides import Adapted, ModuleReference
 from vllm_graft.positions import packed
 
 WIDTH, HEADS, SIZE, VOCAB = 64, 4, 16, 97
@@ -99,7 +99,7 @@ def reference_of(model):
         with packed([0, len(tokens)]):
             return model.compute_logits(model(tokens, positions=torch.arange(len(tokens))))
 
-    return Reference(model, logits, "original")
+    return ModuleReference(model, logits, "original")
 
 
 def ports():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -24,6 +25,11 @@ def build(config):
         layer.input_layernorm.variance_epsilon = 1e-2
     return model
 """
+PATHS = [
+    ("training forward", 195), ("prefill", 195), ("chunked prefill", 195),
+    ("prefix cache, 128 tokens", 3), ("decode", 24), ("mixed batch", 24),
+    ("after a weight update", 195), ("after export and reload", 195),
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +52,8 @@ def test_healthy_port_exits_0_and_every_path_was_compared(checkpoint, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["healthy"] is True
     assert len(report["gradients"]) == 2 + 3 * 9
-    assert [(each["path"], each["tokens"]) for each in report["paths"]] == [
-        ("training forward", 195), ("prefill", 195), ("chunked prefill", 195),
-        ("prefix cache, 128 tokens", 3), ("decode", 24), ("mixed batch", 24),
-        ("after a weight update", 195), ("after export and reload", 195),
-    ]  # fmt: skip
+    assert [(each["path"], each["tokens"]) for each in report["paths"]] == PATHS
+    assert report["left_out"] == []
 
 
 def test_faulty_port_exits_1_with_place_and_fault(checkpoint, tmp_path):
@@ -95,6 +98,48 @@ def test_a_model_without_a_twin_is_compared_with_itself_untouched(tmp_path):
     assert (report["reference"], len(report["paths"])) == ("original", 8)
     twin = command(tmp_path, *arguments)
     assert twin.returncode == 2 and "Use --reference original" in twin.stderr
+
+
+def test_against_stock_vllm_a_healthy_port_exits_0_and_says_what_was_left_out(checkpoint, tmp_path):
+    files = ("--json", "report.json")
+    done = command(tmp_path, checkpoint, "--arch", "Qwen3TorchTitan", "--reference", "vllm", *files)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert (report["reference"], report["healthy"], report["gradients"]) == ("vllm", True, [])
+    assert [(each["path"], each["tokens"]) for each in report["paths"]] == PATHS
+    assert [each["what"] for each in report["left_out"]] == ["layers", "gradients", "diagnosis"]
+    assert "Left out: gradients: as a reference, vllm gives log-probabilities only" in done.stdout
+
+
+def test_against_stock_vllm_a_faulty_port_exits_1(checkpoint, tmp_path):
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    arguments = ("--factory", "faulty.py:build", "--reference", "vllm", "--json", "report.json")
+    done = command(tmp_path, checkpoint, *arguments)
+    assert done.returncode == 1, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    # The eps is too large on every path, by far more than the limit of 1e-4 nats.
+    assert all(each["max_difference"] > 1e-2 for each in report["paths"])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "reason"),
+    [
+        ("NobodysForCausalLM", "has no implementation of it"),
+        ("GPTNeoXForCausalLM", "runs it by Transformers' model, not by one of its own"),
+        ("Qwen3TorchTitan", "registered with Graft"),
+    ],
+)
+def test_an_architecture_that_vllm_has_not_of_its_own_exits_2(
+    architecture, reason, checkpoint, tmp_path
+):
+    shutil.copytree(checkpoint, tmp_path / "other")
+    config = json.loads((checkpoint / "config.json").read_text())
+    config["architectures"] = [architecture]
+    (tmp_path / "other" / "config.json").write_text(json.dumps(config))
+    done = command(tmp_path, "other", "--arch", "Qwen3TorchTitan", "--reference", "vllm")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert f"config.json names {architecture}" in done.stderr and reason in done.stderr
+    assert "Use --reference transformers or --reference original" in done.stderr
 
 
 @pytest.mark.slow

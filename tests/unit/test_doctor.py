@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from xml.etree import ElementTree
 
@@ -15,7 +16,7 @@ from vllm_graft.doctor.anatomy import head
 from vllm_graft.doctor.compare import agreement, divergences, first
 from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.page import page
-from vllm_graft.doctor.report import Report
+from vllm_graft.doctor.report import LeftOut, Report
 from vllm_graft.doctor.sides import Adapted, trace
 
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79], list(range(1, 30))]
@@ -66,6 +67,36 @@ def test_the_page_shows_each_spot_and_loads_nothing():
     assert "a &amp; b" in text and "training &lt;forward&gt;" in text
     assert "layers.1.self_attn" in text
     assert not re.search(r"(src|href)=|@import|url\(", text)
+
+
+def log_probs_only():
+    """What the doctor reports with a reference that has no layers and no gradients."""
+    paths = (agreement("prefill", torch.zeros(2, 8), torch.zeros(2, 8)),)
+    names = ("chunked prefill", "layers", "gradients", "diagnosis")
+    left_out = tuple(LeftOut(name, "log-probs <only>") for name in names)
+    return Report(paths, (), (), (), "vllm", 1.0, left_out)
+
+
+def test_the_page_says_what_was_left_out_and_shows_nothing_in_its_place():
+    text = page(log_probs_only(), "port")
+    for name in ("chunked prefill", "layers", "gradients", "diagnosis"):
+        assert f"<li>{name}: log-probs &lt;only&gt;</li>" in text
+    assert "<svg" not in text and "No module is further" not in text
+    assert "0 weights" not in text
+
+
+def test_table_and_json_say_what_was_left_out(tmp_path, capsys, monkeypatch):
+    from vllm_graft.cli import doctor as command
+
+    for name in ("register_target", "import_factory", "settle_environment"):
+        monkeypatch.setattr(command, name, lambda *_, **__: "Port")
+    monkeypatch.setattr(command, "_run", lambda *_, **__: log_probs_only())
+    assert command.doctor("checkpoint", reference="vllm", json_file=tmp_path / "r.json") == 0
+    shown = capsys.readouterr().out
+    found = json.loads((tmp_path / "r.json").read_text())["left_out"]
+    for name in ("chunked prefill", "layers", "gradients", "diagnosis"):
+        assert f"Left out: {name}: log-probs <only>" in shown
+        assert {"what": name, "why": "log-probs <only>"} in found
 
 
 def test_a_layers_weight_in_the_shape_of_the_vocabulary_is_not_the_head():

@@ -18,7 +18,7 @@ from vllm_graft.cli.target import import_factory, register_target
 
 if TYPE_CHECKING:
     from vllm_graft.doctor.report import Report
-REFERENCES = ("transformers", "original")
+REFERENCES = ("transformers", "original", "vllm")
 JsonFile = Annotated[
     Path | None,
     typer.Option("--json", metavar="FILE", help="Write the report here.", rich_help_panel=OUTPUT),
@@ -34,7 +34,7 @@ Source = Annotated[
     typer.Option(
         "--reference",
         metavar="|".join(REFERENCES),
-        help="The right model: Transformers' own, or what the factory returns, untouched.",
+        help="The right model: Transformers' own, what the factory returns untouched, or vLLM's.",
         rich_help_panel=MODEL,
     ),
 ]
@@ -114,4 +114,6 @@ def _show(report: Report) -> None:
         )  # fmt: skip
     for diagnosis in report.diagnoses:
         screen.print(f"- {diagnosis}", markup=False)
+    for omission in report.left_out:
+        screen.print(f"Left out: {omission.what}: {omission.why}", markup=False)
     screen.print(f"{'healthy' if report.healthy else 'diverges'}, {report.seconds:.0f} s")

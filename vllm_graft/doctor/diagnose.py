@@ -11,7 +11,7 @@ import torch
 
 from vllm_graft.doctor.corrections import corrections, seams
 from vllm_graft.doctor.rotations import rotations
-from vllm_graft.doctor.sides import Adapted, Prompts, Reference, trace
+from vllm_graft.doctor.sides import Adapted, ModuleReference, Prompts, trace
 
 _WORTH_NAMING = 0.5
 """A correction that leaves more than this share of the difference explains nothing."""
@@ -37,7 +37,7 @@ class Diagnosis:
 
 def diagnose(
     adapted: Adapted,
-    reference: Reference,
+    reference: ModuleReference,
     prompts: Prompts,
     config: Any,
     progress: Callable[[str], None] = lambda _: None,

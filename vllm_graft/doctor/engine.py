@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_graft.doctor.report import LeftOut
 from vllm_graft.doctor.sides import Prompts
 from vllm_graft.serve import _vllm_engine
 
@@ -30,6 +31,14 @@ class Rows:
     """Prompt tokens that came from the prefix cache."""
 
 
+def options(max_model_len: int) -> dict[str, Any]:
+    """For `vllm.LLM`: float32, and log-probs of the whole vocabulary."""
+    return {
+        "dtype": "float32", "enforce_eager": True, "max_model_len": max_model_len,
+        "max_logprobs": -1, "skip_tokenizer_init": True, "enable_prefix_caching": True,
+    }  # fmt: skip
+
+
 def paths(llm: Any, prompts: Prompts) -> Iterator[tuple[str, list[Rows]]]:
     """Run the prompts on every path that a `TrainableLLM` with `max_logprobs=-1` has."""
     core = _vllm_engine.core_of(llm.llm_engine)
@@ -47,6 +56,15 @@ def paths(llm: Any, prompts: Prompts) -> Iterator[tuple[str, list[Rows]]]:
     yield "decode", _run(llm, prompts, max_tokens=_NEW)
     _vllm_engine.forget_cached(core)
     yield "mixed batch", _run(llm, prompts, one_a_step=True, max_tokens=_NEW)
+
+
+def absent_paths(llm: Any) -> Iterator[LeftOut]:
+    """The paths that `paths` leaves out, and why."""
+    core = _vllm_engine.core_of(llm.llm_engine)
+    if not _vllm_engine.chunks_prompts(core):
+        yield LeftOut("chunked prefill", "vLLM turns it off for this model here")
+    if not _vllm_engine.caches_prefixes(core):
+        yield LeftOut("prefix cache", "vLLM turns it off for this model here")
 
 
 def prefill(llm: Any, prompts: Prompts) -> list[Rows]:

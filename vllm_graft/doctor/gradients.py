@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from vllm_graft.doctor.anatomy import embedding, head, layers
-from vllm_graft.doctor.sides import Adapted, Prompts, Reference, evaluating
+from vllm_graft.doctor.sides import Adapted, ModuleReference, Prompts, evaluating
 
 GRADIENT_LIMIT = 1e-4
 """Largest difference over the largest value of the reference's gradient, in float32."""
@@ -30,7 +30,7 @@ class Gradient:
         return self.error <= GRADIENT_LIMIT
 
 
-def gradients(adapted: Adapted, reference: Reference, prompts: Prompts) -> list[Gradient]:
+def gradients(adapted: Adapted, reference: ModuleReference, prompts: Prompts) -> list[Gradient]:
     """Compare the gradients of the prompts' mean negative log-probability.
 
     Weights are compared where both models have one of the same role and shape; what one of them
@@ -61,7 +61,7 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, tuple[str, torch.Tensor]]]
 
 
 def _gradients(
-    side: Adapted | Reference, weights: list[torch.Tensor], prompts: Prompts
+    side: Adapted | ModuleReference, weights: list[torch.Tensor], prompts: Prompts
 ) -> list[torch.Tensor]:
     following = torch.tensor([t for p in prompts for t in (*p[1:], -100)])
     with torch.enable_grad(), evaluating(side.module):

@@ -29,9 +29,8 @@ def page(report: Report, title: str) -> str:
         f"<h1>{escape(title)}: {verdict}</h1>",
         f"<p>Reference: {escape(report.reference)}. {report.seconds:.0f} s.</p>",
         _paths(report),
-        "<h2>Divergence by layer</h2>",
-        plot(report.spots),
-        _place(report.first),
+        _left_out(report),
+        _layers(report),
         _gradients(report),
         _diagnoses(report),
     ]
@@ -59,6 +58,19 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows
     )
     return f"<table><tr>{first}</tr>{rest}</table>"
+
+
+def _left_out(report: Report) -> str:
+    if not report.left_out:
+        return ""
+    items = "".join(f"<li>{escape(each.what)}: {escape(each.why)}</li>" for each in report.left_out)
+    return f"<h2>Left out</h2><ul>{items}</ul>"
+
+
+def _layers(report: Report) -> str:
+    if report.leaves_out("layers"):
+        return ""
+    return "<h2>Divergence by layer</h2>" + plot(report.spots) + _place(report.first)
 
 
 def plot(spots: Sequence[Divergence]) -> str:
@@ -105,6 +117,8 @@ def _place(spot: Divergence | None) -> str:
 
 
 def _gradients(report: Report) -> str:
+    if report.leaves_out("gradients"):
+        return ""
     worst = sorted(report.gradients, key=lambda each: -each.error)[:10]
     told = f"<h2>Gradients</h2><p>{len(report.gradients)} weights compared; the furthest:</p>"
     return told + _table(

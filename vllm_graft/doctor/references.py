@@ -1,9 +1,9 @@
-"""Where the right model comes from: Transformers, or the factory's own module. Torch only."""
+"""The right model: Transformers', the factory's own, or stock vLLM's. Torch only."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +11,68 @@ from typing import Any
 import torch
 
 from vllm_graft.adapting import call_factory
-from vllm_graft.doctor.sides import Reference
+from vllm_graft.doctor.engine import options, prefill
+from vllm_graft.doctor.sides import ModuleReference, Reference
 from vllm_graft.parallel import ParallelContext
+from vllm_graft.serve import _vllm_stock
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.weights.load import load_external_weights
 
 _POSITIONS = ("positions", "position_ids", "input_pos")
 
 
-def transformers_reference(checkpoint: str) -> Reference:
+def reference_of(kind: str, checkpoint: str, arch: str, max_model_len: int) -> Reference:
+    """The right model of a checkpoint.
+
+    Args:
+        kind: "transformers", "original" or "vllm".
+        checkpoint: folder in Hugging Face format.
+        arch: registered architecture of the port.
+        max_model_len: longest token list that it will get.
+
+    Raises:
+        ValueError: there is no such model; names what there may be.
+    """
+    if kind == "original":
+        return original_reference(checkpoint, arch, max_model_len)
+    if kind == "vllm":
+        return StockEngine(checkpoint, max_model_len)
+    return transformers_reference(checkpoint)
+
+
+class StockEngine(Reference):
+    """Stock vLLM's own implementation of a checkpoint, which gives log-probs only.
+
+    Its engine lives as long as a call: beside the port's, memory would have to be shared.
+
+    Args:
+        checkpoint: folder in Hugging Face format.
+        max_model_len: longest token list that it will get, and one.
+
+    Raises:
+        ValueError: vLLM has no implementation of its own for the checkpoint's architecture.
+    """
+
+    kind = "vllm"
+
+    def __init__(self, checkpoint: str, max_model_len: int) -> None:
+        self._checkpoint, self._max_model_len = checkpoint, max_model_len
+        _vllm_stock.refuse_without_own_model(checkpoint)
+
+    def logprobs(self, sequences: Iterable[Sequence[int]]) -> list[torch.Tensor]:
+        """See `Reference`."""
+        llm = _vllm_stock.stock_engine(self._checkpoint, **options(self._max_model_len))
+        try:
+            return [rows.logprobs for rows in prefill(llm, list(sequences))]
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+    def update(self, factor: float, exported: Path) -> None:
+        """See `Reference`; vLLM loads what the port exported."""
+        self._checkpoint = str(exported)
+
+
+def transformers_reference(checkpoint: str) -> ModuleReference:
     """Transformers' model of the checkpoint, in float32 with eager attention.
 
     Raises:
@@ -37,10 +90,10 @@ def transformers_reference(checkpoint: str) -> Reference:
             f"{checkpoint}, the first is {missing[0]}: not its names. Use --reference original"
         )
     model.eval()
-    return Reference(model, lambda t: model(t[None]).logits[0], "transformers")
+    return ModuleReference(model, lambda t: model(t[None]).logits[0], "transformers")
 
 
-def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Reference:
+def original_reference(checkpoint: str, arch: str, max_model_len: int) -> ModuleReference:
     """What the factory returns, untouched, with the checkpoint under the module's own names.
 
     Raises:
@@ -68,7 +121,7 @@ def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Refere
         first: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return first[0]
 
-    return Reference(model, logits, "original")
+    return ModuleReference(model, logits, "original")
 
 
 def _tensors(checkpoint: str) -> Iterator[tuple[str, torch.Tensor]]:

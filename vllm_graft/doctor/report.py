@@ -10,6 +10,15 @@ from vllm_graft.doctor.gradients import Gradient
 
 
 @dataclass(frozen=True)
+class LeftOut:
+    """Something that this report says nothing about."""
+
+    what: str
+    """A path, or "layers", "gradients", "diagnosis"."""
+    why: str
+
+
+@dataclass(frozen=True)
 class Report:
     """What the doctor found."""
 
@@ -19,12 +28,17 @@ class Report:
     diagnoses: tuple[Diagnosis, ...]
     reference: str
     seconds: float
+    left_out: tuple[LeftOut, ...] = ()
 
     @property
     def healthy(self) -> bool:
-        """Whether every path and every gradient agrees with the reference."""
+        """Whether every path and every gradient that was compared agrees with the reference."""
         paths = all(each.healthy for each in self.paths)
         return paths and all(each.healthy for each in self.gradients)
+
+    def leaves_out(self, what: str) -> bool:
+        """Whether the report says nothing about `what`."""
+        return any(each.what == what for each in self.left_out)
 
     @property
     def first(self) -> Divergence | None:

@@ -6,26 +6,35 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_graft.doctor.compare import Agreement, agreement, divergences
-from vllm_graft.doctor.diagnose import diagnose
-from vllm_graft.doctor.engine import Rows, paths, prefill
+from vllm_graft.doctor.diagnose import Diagnosis, diagnose
+from vllm_graft.doctor.engine import Rows, absent_paths, options, paths, prefill
 from vllm_graft.doctor.gradients import gradients
-from vllm_graft.doctor.references import original_reference, transformers_reference
-from vllm_graft.doctor.report import Report
-from vllm_graft.doctor.sides import Adapted, Prompts, trace
+from vllm_graft.doctor.references import reference_of
+from vllm_graft.doctor.report import LeftOut, Report
+from vllm_graft.doctor.sides import (
+    Adapted,
+    ModuleReference,
+    Prompts,
+    Trace,
+    scale_parameters,
+    trace,
+)
 from vllm_graft.serve import _vllm, _vllm_engine
 from vllm_graft.weights.save import save_checkpoint
 
 _LENGTHS = (5, 40, 150)
 """The last one is longer than a KV block, so that the prefix cache has something."""
 _UPDATE = 1.01
-"""Factor on every parameter of both models: an update that needs no names."""
+"""Factor on every parameter of both models."""
+_INSIDE = ("layers", "gradients", "diagnosis")
+Run = tuple[str, Sequence[Rows]]
+"""A path, and what the port said on it."""
 Progress = Callable[[str], None]
 
 
@@ -44,9 +53,13 @@ def doctor(
         checkpoint: folder in Hugging Face format.
         arch: registered architecture of the port.
         progress: told what is being done.
-        reference: "transformers", or "original": what the factory returns, untouched.
+        reference: "transformers"; "original", what the factory returns, untouched; or "vllm",
+            stock vLLM's own implementation, which has no layers or gradients to compare.
         compiled: compare an engine with torch.compile too.
         tensor_parallel_size: if above 1, compare an engine with so many ranks too.
+
+    Raises:
+        ValueError: there is no such reference for this checkpoint; names what there may be.
     """
     examination = _Examination(checkpoint, arch, progress, reference)
     if compiled:
@@ -57,6 +70,11 @@ def doctor(
 
 
 class _Examination:
+    """Runs the port first and compares after.
+
+    So a reference may be an engine too, and yet there is never more than one at a time.
+    """
+
     def __init__(self, checkpoint: str, arch: str, progress: Progress, reference: str) -> None:
         from transformers import AutoConfig
 
@@ -65,105 +83,116 @@ class _Examination:
         progress("loading the reference")
         self.config = AutoConfig.from_pretrained(checkpoint)
         self.longest = min(256, getattr(self.config, "max_position_embeddings", None) or 256)
-        if reference == "original":
-            self.reference = original_reference(checkpoint, arch, self.longest)
-        else:
-            self.reference = transformers_reference(checkpoint)
+        self.reference = reference_of(reference, checkpoint, arch, self.longest)
         self.prompts = _prompts(self.config.vocab_size, self.longest)
-        self.more: list[Agreement] = []
+        self.more: list[Run] = []
 
     def compiled(self) -> None:
-        """Before `report`, which updates the reference."""
+        """Before `report`, which compares."""
         with self._engine(self.checkpoint, enforce_eager=False) as llm:
-            self.more.append(self._compared("torch.compile", prefill(llm, self.prompts)))
+            self.more.append(self._prefilled("torch.compile", llm))
 
     def parallel(self, ranks: int) -> None:
-        """Before `report`, which updates the reference."""
+        """Before `report`, which compares."""
         self.progress(f"starting {ranks} ranks")
         llm = _vllm_engine.engine_with_workers(
             self.checkpoint, tensor_parallel_size=ranks,
-            hf_overrides={"architectures": [self.arch]}, **_vllm_options(self.longest),
+            hf_overrides={"architectures": [self.arch]}, **options(self.longest),
         )  # fmt: skip
         try:
-            self.more.append(self._compared(f"TP={ranks}", prefill(llm, self.prompts)))
+            self.more.append(self._prefilled(f"TP={ranks}", llm))
         finally:
             llm.llm_engine.engine_core.shutdown()
 
     def report(self) -> Report:
-        """All else, and what was found before."""
+        """All else, and what ran before."""
         with tempfile.TemporaryDirectory() as folder:
             exported = Path(folder) / "exported"
             with self._engine(self.checkpoint) as llm:
-                report = self._first(llm)
-                found = [*report.paths, *self.more, self._updated(llm)]
+                before, inside = self._as_loaded(llm)
+                scale_parameters(llm.model, _UPDATE)
+                after = [self._prefilled("after a weight update", llm)]
                 self.progress("exporting")
                 save_checkpoint(llm.model, self.checkpoint, exported)
             with self._engine(str(exported)) as llm:
-                found.append(self._compared("after export and reload", prefill(llm, self.prompts)))
+                after.append(self._prefilled("after export and reload", llm))
+            found = self._compared([*before, *self.more])
+            self.reference.update(_UPDATE, exported)
+            found += self._compared(after)
         seconds = time.perf_counter() - self.start
-        return replace(report, paths=tuple(found), seconds=seconds)
+        return Report(paths=tuple(found), reference=self.reference.kind, seconds=seconds, **inside)
 
     @contextmanager
-    def _engine(self, checkpoint: str, **options: Any) -> Iterator[Any]:
+    def _engine(self, checkpoint: str, **more: Any) -> Iterator[Any]:
         from vllm_graft.train.llm import TrainableLLM
 
         self.progress("starting the engine")
         llm = TrainableLLM(
             checkpoint, arch=self.arch, exact=_vllm.platform_device() == "cpu",
-            **{**_vllm_options(self.longest), **options},
+            **{**options(self.longest), **more},
         )  # fmt: skip
         try:
             yield llm
         finally:
             llm.llm_engine.engine_core.shutdown()
 
-    def _first(self, llm: Any) -> Report:
-        """Everything that needs the weights as they were loaded."""
+    def _prefilled(self, path: str, llm: Any) -> Run:
+        self.progress(path)
+        return path, prefill(llm, self.prompts)
+
+    def _as_loaded(self, llm: Any) -> tuple[list[Run], dict[str, Any]]:
+        """Everything that needs the weights as they were loaded: paths, and the report's rest."""
         self.progress("training forward")
         core = _vllm_engine.core_of(llm.llm_engine)
         adapted = Adapted(llm.model, _vllm_engine.adapter_of(core).training_hidden)
-        want, got = trace(self.reference, self.prompts), trace(adapted, self.prompts)
-        found = [agreement("training forward", got.logprobs, want.logprobs)]
-        found += [self._compared(path, rows) for path, rows in paths(llm, self.prompts)]
+        got = trace(adapted, self.prompts)
+        ran: list[Run] = [("training forward", self._by_prompt(got.logprobs))]
+        for path, rows in paths(llm, self.prompts):
+            self.progress(path)
+            ran.append((path, rows))
+        inside = self._inside(adapted, got)
+        return ran, {**inside, "left_out": (*absent_paths(llm), *inside["left_out"])}
+
+    def _by_prompt(self, logprobs: torch.Tensor) -> list[Rows]:
+        parts = logprobs.split([len(prompt) for prompt in self.prompts])
+        return [Rows(list(p), 0, part, 0) for p, part in zip(self.prompts, parts, strict=True)]
+
+    def _inside(self, adapted: Adapted, got: Trace) -> dict[str, Any]:
+        """Layers, gradients and likely faults, if the reference has modules to compare with."""
+        if not isinstance(self.reference, ModuleReference):
+            why = f"as a reference, {self.reference.kind} gives log-probabilities only"
+            left_out = tuple(LeftOut(what, why) for what in _INSIDE)
+            return {"spots": (), "gradients": (), "diagnoses": (), "left_out": left_out}
+        want = trace(self.reference, self.prompts)
         self.progress("gradients")
         slopes = gradients(adapted, self.reference, self.prompts)
-        healthy = found[0].healthy
-        short = self.prompts[:2]
-        named = (
-            () if healthy else diagnose(adapted, self.reference, short, self.config, self.progress)
-        )
-        return Report(
-            paths=tuple(found),
-            spots=tuple(divergences(got, want)),
-            gradients=tuple(slopes),
-            diagnoses=tuple(named),
-            reference=self.reference.kind,
-            seconds=0.0,
-        )
+        named: list[Diagnosis] = []
+        if not agreement("training forward", got.logprobs, want.logprobs).healthy:
+            short = self.prompts[:2]
+            named = diagnose(adapted, self.reference, short, self.config, self.progress)
+        spots = tuple(divergences(got, want))
+        return {
+            "spots": spots, "gradients": tuple(slopes), "diagnoses": tuple(named), "left_out": ()
+        }  # fmt: skip
 
-    def _updated(self, llm: Any) -> Agreement:
-        for model in (llm.model, self.reference.module):
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.mul_(_UPDATE)
-        return self._compared("after a weight update", prefill(llm, self.prompts))
-
-    def _compared(self, path: str, rows: Sequence[Rows]) -> Agreement:
-        """The engine's log-probs against the reference's on the same tokens."""
-        self.progress(path)
-        want = []
-        for each in rows:
-            with torch.no_grad():
-                logprobs = self.reference.logits([each.tokens]).log_softmax(-1)
-            want.append(logprobs[each.start : each.start + len(each.logprobs)])
-        return agreement(path, torch.cat([each.logprobs for each in rows]), torch.cat(want))
+    def _compared(self, ran: Sequence[Run]) -> list[Agreement]:
+        """The port's log-probs against the reference's, which sees each token list once."""
+        self.progress("comparing with the reference")
+        needed = dict.fromkeys(_context(each) for _, rows in ran for each in rows)
+        want = dict(zip(needed, self.reference.logprobs(needed), strict=True))
+        return [
+            agreement(
+                path,
+                torch.cat([each.logprobs for each in rows]),
+                torch.cat([want[_context(each)][each.start :] for each in rows]),
+            )
+            for path, rows in ran
+        ]
 
 
-def _vllm_options(longest: int) -> dict[str, Any]:
-    return {
-        "dtype": "float32", "enforce_eager": True, "max_model_len": longest, "max_logprobs": -1,
-        "skip_tokenizer_init": True, "enable_prefix_caching": True,
-    }  # fmt: skip
+def _context(rows: Rows) -> tuple[int, ...]:
+    """The tokens that the rows depend on: the last one sampled is not among them."""
+    return tuple(rows.tokens[: rows.start + len(rows.logprobs)])
 
 
 def _prompts(vocab_size: int, longest: int) -> Prompts:

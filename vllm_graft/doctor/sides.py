@@ -5,9 +5,11 @@ Legend: T tokens of all prompts one after another, V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,28 +33,59 @@ class Trace:
     """By role: the module's name."""
 
 
-class Reference:
-    """The model that is right, run prompt by prompt.
+class Reference(ABC):
+    """The model that is right: log-probs are what every reference gives."""
+
+    kind: str
+    """As `--reference` names it."""
+
+    @abstractmethod
+    def logprobs(self, sequences: Iterable[Sequence[int]]) -> list[torch.Tensor]:
+        """Float32 log-probs `[L, V]` of each token list, without gradient."""
+
+    @abstractmethod
+    def update(self, factor: float, exported: Path) -> None:
+        """Follow the port after every parameter of it was multiplied by `factor`.
+
+        Args:
+            factor: for the reference's own parameters, if it has them.
+            exported: the updated port as a Hugging Face folder, for a reference that has not.
+        """
+
+
+class ModuleReference(Reference):
+    """A right model in this process, which has layers and gradients too.
 
     Args:
         module: hooks go onto its modules.
         logits: token ids `[L]` to logits `[L, V]`, with gradient.
         kind: `"original"`, `"transformers"`.
-        note: what about it the report must say.
     """
 
     def __init__(
-        self,
-        module: nn.Module,
-        logits: Callable[[torch.Tensor], torch.Tensor],
-        kind: str,
-        note: str = "",
+        self, module: nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], kind: str
     ) -> None:
-        self.module, self._logits, self.kind, self.note = module, logits, kind, note
+        self.module, self._logits, self.kind = module, logits, kind
 
     def logits(self, prompts: Prompts) -> torch.Tensor:
         """Logits `[T, V]`, with gradient."""
         return torch.cat([self._logits(torch.tensor(p)) for p in prompts]).float()
+
+    def logprobs(self, sequences: Iterable[Sequence[int]]) -> list[torch.Tensor]:
+        """See `Reference`."""
+        with torch.no_grad():
+            return [self.logits([each]).log_softmax(-1) for each in sequences]
+
+    def update(self, factor: float, exported: Path) -> None:
+        """See `Reference`; `exported` is not looked at."""
+        scale_parameters(self.module, factor)
+
+
+def scale_parameters(module: nn.Module, factor: float) -> None:
+    """Multiply every parameter in place: an update that needs no names."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.mul_(factor)
 
 
 class Adapted:
@@ -79,7 +112,7 @@ class Adapted:
         return logits.float()
 
 
-def trace(side: Reference | Adapted, prompts: Prompts) -> Trace:
+def trace(side: ModuleReference | Adapted, prompts: Prompts) -> Trace:
     """Log-probs and the value at every spot, without gradient."""
     found = list(spots(side.module))
     kept: dict[str, list[torch.Tensor]] = {spot.role: [] for spot in found}

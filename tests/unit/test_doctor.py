@@ -16,8 +16,8 @@ from vllm_graft.doctor.anatomy import head
 from vllm_graft.doctor.compare import agreement, divergences, first
 from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.page import page
-from vllm_graft.doctor.report import LeftOut, Report
-from vllm_graft.doctor.sides import Adapted, trace
+from vllm_graft.doctor.report import Report
+from vllm_graft.doctor.sides import Adapted, LeftOut, trace
 
 PROMPTS = [[3, 14, 15, 92, 65, 35, 89, 79], list(range(1, 30))]
 

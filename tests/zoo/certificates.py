@@ -21,6 +21,7 @@ from rich.progress import track
 from tests.megatron_checkpoints import llama_checkpoint
 from tests.moe_checkpoints import deepseek_v3_checkpoint, qwen3_moe_checkpoint
 from tests.support import ROOT, qwen3_checkpoint, spread_weights
+from tests.zoo import test_flex as flex
 from tests.zoo import test_handwritten as written
 from tests.zoo.test_transformers import GPT2, ZOO, original
 
@@ -47,7 +48,7 @@ def _transformers(kind: str) -> Subject:
 
 
 def _plain(style: Any) -> Subject:
-    code = f"from tests.zoo.test_handwritten import {style.__name__}\n\n\n"
+    code = f"from {style.__module__} import {style.__name__}\n\n\n"
     code += f"def build(config):\n    return {style.__name__}()\n"
 
     def make(folder: Path) -> None:
@@ -70,7 +71,7 @@ def _built_in(arch: str, make: Callable[[Path], Any], family: str, *more: str) -
 
 SUBJECTS = {
     **{kind: _transformers(kind) for kind in ZOO},
-    **{style.__name__: _plain(style) for style in written.STYLES},
+    **{style.__name__: _plain(style) for style in (*written.STYLES, *flex.STYLES)},
     "Qwen3TorchTitan": _built_in("Qwen3TorchTitan", qwen3_checkpoint, "TorchTitan", *RANKS_TOO),
     "Qwen3TorchTitan, MoE": _built_in("Qwen3TorchTitan", qwen3_moe_checkpoint, "TorchTitan"),
     "DeepSeekV3TorchTitan": _built_in("DeepSeekV3TorchTitan", deepseek_v3_checkpoint, "TorchTitan"),

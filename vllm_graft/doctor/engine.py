@@ -8,8 +8,7 @@ from typing import Any
 
 import torch
 
-from vllm_graft.doctor.report import LeftOut
-from vllm_graft.doctor.sides import Prompts
+from vllm_graft.doctor.sides import LeftOut, Prompts
 from vllm_graft.serve import _vllm_engine
 
 _BUDGET = 48

@@ -12,7 +12,8 @@ import torch
 
 from vllm_graft.adapting import call_factory
 from vllm_graft.doctor.engine import options, prefill
-from vllm_graft.doctor.sides import ModuleReference, Reference
+from vllm_graft.doctor.sides import LeftOut, ModuleReference, Reference
+from vllm_graft.families.written_out import WrittenOut
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.serve import _vllm_stock
 from vllm_graft.serve.registry import factory_of
@@ -60,8 +61,17 @@ class StockEngine(Reference):
         _vllm_stock.refuse_without_own_model(checkpoint)
 
     def logprobs(self, sequences: Iterable[Sequence[int]]) -> list[torch.Tensor]:
-        """See `Reference`."""
-        llm = _vllm_stock.stock_engine(self._checkpoint, **options(self._max_model_len))
+        """See `Reference`.
+
+        Raises:
+            RuntimeError: vLLM cannot load or run its own implementation.
+        """
+        try:
+            llm = _vllm_stock.stock_engine(self._checkpoint, **options(self._max_model_len))
+        except Exception as error:
+            raise RuntimeError(
+                f"stock vLLM cannot run {self._checkpoint}: {type(error).__name__}: {error}"
+            ) from error
         try:
             return [rows.logprobs for rows in prefill(llm, list(sequences))]
         finally:
@@ -70,6 +80,11 @@ class StockEngine(Reference):
     def update(self, factor: float, exported: Path) -> None:
         """See `Reference`; vLLM loads what the port exported."""
         self._checkpoint = str(exported)
+
+    def left_out(self) -> list[LeftOut]:
+        """See `Reference`."""
+        why = "as a reference, vllm gives log-probabilities only"
+        return [LeftOut(what, why) for what in ("layers", "gradients", "diagnosis")]
 
 
 def transformers_reference(checkpoint: str) -> ModuleReference:
@@ -96,6 +111,8 @@ def transformers_reference(checkpoint: str) -> ModuleReference:
 def original_reference(checkpoint: str, arch: str, max_model_len: int) -> ModuleReference:
     """What the factory returns, untouched, with the checkpoint under the module's own names.
 
+    Attention that has no kernel on CPU, or none with a gradient, is written out; see `WrittenOut`.
+
     Raises:
         ValueError: the factory returns a model that is adapted already.
         WeightError: a tensor of the module is not in the checkpoint.
@@ -114,14 +131,16 @@ def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Module
     load_external_weights(model, _tensors(checkpoint), {name: name for name in model.state_dict()})
     model.float().eval()
     known = inspect.signature(model.forward).parameters
+    written_out = WrittenOut()
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         named = {name: torch.arange(len(tokens)) for name in _POSITIONS if name in known}
-        output: Any = model(tokens[None], **named)
+        with written_out:
+            output: Any = model(tokens[None], **named)
         first: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return first[0]
 
-    return ModuleReference(model, logits, "original")
+    return ModuleReference(model, logits, "original", written_out.replaced)
 
 
 def _tensors(checkpoint: str) -> Iterator[tuple[str, torch.Tensor]]:

@@ -7,15 +7,7 @@ from dataclasses import dataclass
 from vllm_graft.doctor.compare import Agreement, Divergence, first
 from vllm_graft.doctor.diagnose import Diagnosis
 from vllm_graft.doctor.gradients import Gradient
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """Something that this report says nothing about."""
-
-    what: str
-    """A path, or "layers", "gradients", "diagnosis"."""
-    why: str
+from vllm_graft.doctor.sides import LeftOut
 
 
 @dataclass(frozen=True)

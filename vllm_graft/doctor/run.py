@@ -16,7 +16,7 @@ from vllm_graft.doctor.diagnose import Diagnosis, diagnose
 from vllm_graft.doctor.engine import Rows, absent_paths, options, paths, prefill
 from vllm_graft.doctor.gradients import gradients
 from vllm_graft.doctor.references import reference_of
-from vllm_graft.doctor.report import LeftOut, Report
+from vllm_graft.doctor.report import Report
 from vllm_graft.doctor.sides import (
     Adapted,
     ModuleReference,
@@ -32,7 +32,6 @@ _LENGTHS = (5, 40, 150)
 """The last one is longer than a KV block, so that the prefix cache has something."""
 _UPDATE = 1.01
 """Factor on every parameter of both models."""
-_INSIDE = ("layers", "gradients", "diagnosis")
 Run = tuple[str, Sequence[Rows]]
 """A path, and what the port said on it."""
 Progress = Callable[[str], None]
@@ -110,6 +109,7 @@ class _Examination:
             exported = Path(folder) / "exported"
             with self._engine(self.checkpoint) as llm:
                 before, inside = self._as_loaded(llm)
+                left_out = list(absent_paths(llm))
                 scale_parameters(llm.model, _UPDATE)
                 after = [self._prefilled("after a weight update", llm)]
                 self.progress("exporting")
@@ -119,8 +119,13 @@ class _Examination:
             found = self._compared([*before, *self.more])
             self.reference.update(_UPDATE, exported)
             found += self._compared(after)
-        seconds = time.perf_counter() - self.start
-        return Report(paths=tuple(found), reference=self.reference.kind, seconds=seconds, **inside)
+        return Report(
+            paths=tuple(found),
+            **inside,
+            reference=self.reference.kind,
+            seconds=time.perf_counter() - self.start,
+            left_out=(*left_out, *self.reference.left_out()),
+        )
 
     @contextmanager
     def _engine(self, checkpoint: str, **more: Any) -> Iterator[Any]:
@@ -150,8 +155,7 @@ class _Examination:
         for path, rows in paths(llm, self.prompts):
             self.progress(path)
             ran.append((path, rows))
-        inside = self._inside(adapted, got)
-        return ran, {**inside, "left_out": (*absent_paths(llm), *inside["left_out"])}
+        return ran, self._inside(adapted, got)
 
     def _by_prompt(self, logprobs: torch.Tensor) -> list[Rows]:
         parts = logprobs.split([len(prompt) for prompt in self.prompts])
@@ -160,9 +164,7 @@ class _Examination:
     def _inside(self, adapted: Adapted, got: Trace) -> dict[str, Any]:
         """Layers, gradients and likely faults, if the reference has modules to compare with."""
         if not isinstance(self.reference, ModuleReference):
-            why = f"as a reference, {self.reference.kind} gives log-probabilities only"
-            left_out = tuple(LeftOut(what, why) for what in _INSIDE)
-            return {"spots": (), "gradients": (), "diagnoses": (), "left_out": left_out}
+            return {"spots": (), "gradients": (), "diagnoses": ()}
         want = trace(self.reference, self.prompts)
         self.progress("gradients")
         slopes = gradients(adapted, self.reference, self.prompts)
@@ -171,9 +173,7 @@ class _Examination:
             short = self.prompts[:2]
             named = diagnose(adapted, self.reference, short, self.config, self.progress)
         spots = tuple(divergences(got, want))
-        return {
-            "spots": spots, "gradients": tuple(slopes), "diagnoses": tuple(named), "left_out": ()
-        }  # fmt: skip
+        return {"spots": spots, "gradients": tuple(slopes), "diagnoses": tuple(named)}
 
     def _compared(self, ran: Sequence[Run]) -> list[Agreement]:
         """The port's log-probs against the reference's, which sees each token list once."""

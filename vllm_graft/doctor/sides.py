@@ -6,7 +6,7 @@ Legend: T tokens of all prompts one after another, V vocabulary, D width.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,15 @@ class Trace:
     """By role: the module's name."""
 
 
+@dataclass(frozen=True)
+class LeftOut:
+    """Something that a comparison says nothing about."""
+
+    what: str
+    """A path, "layers", "gradients", "diagnosis", or a function of the reference's."""
+    why: str
+
+
 class Reference(ABC):
     """The model that is right: log-probs are what every reference gives."""
 
@@ -52,6 +61,10 @@ class Reference(ABC):
             exported: the updated port as a Hugging Face folder, for a reference that has not.
         """
 
+    @abstractmethod
+    def left_out(self) -> list[LeftOut]:
+        """What it did not give, once all has been asked of it."""
+
 
 class ModuleReference(Reference):
     """A right model in this process, which has layers and gradients too.
@@ -60,12 +73,17 @@ class ModuleReference(Reference):
         module: hooks go onto its modules.
         logits: token ids `[L]` to logits `[L, V]`, with gradient.
         kind: `"original"`, `"transformers"`.
+        replaced: what of torch's attention was written out in its stead; `logits` adds to it.
     """
 
     def __init__(
-        self, module: nn.Module, logits: Callable[[torch.Tensor], torch.Tensor], kind: str
+        self,
+        module: nn.Module,
+        logits: Callable[[torch.Tensor], torch.Tensor],
+        kind: str,
+        replaced: Set[str] = frozenset(),
     ) -> None:
-        self.module, self._logits, self.kind = module, logits, kind
+        self.module, self._logits, self.kind, self._replaced = module, logits, kind, replaced
 
     def logits(self, prompts: Prompts) -> torch.Tensor:
         """Logits `[T, V]`, with gradient."""
@@ -79,6 +97,11 @@ class ModuleReference(Reference):
     def update(self, factor: float, exported: Path) -> None:
         """See `Reference`; `exported` is not looked at."""
         scale_parameters(self.module, factor)
+
+    def left_out(self) -> list[LeftOut]:
+        """See `Reference`."""
+        why = "torch has no kernel here, so softmax(q @ k^T) @ v under the same mask ran instead"
+        return [LeftOut(f"{what}, of the original", why) for what in sorted(self._replaced)]
 
 
 def scale_parameters(module: nn.Module, factor: float) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,17 @@ class AttentionCall:
     """Its masks, True where a key is not seen; computed only where they are asked for."""
     is_causal: bool = False
     dropout: float = 0.0
+    modified: Callable[[AttentionCall], AttentionCall] | None = None
+    """Gives the call with what else happens to the scores; None if nothing does."""
+
+
+def settled(call: AttentionCall) -> AttentionCall:
+    """The call with all that happens to its scores, `modified` among it.
+
+    Raises:
+        NotUnderstoodError: a step that Graft does not know.
+    """
+    return call if call.modified is None else call.modified(replace(call, modified=None))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +136,9 @@ def site_of(name: str, call: AttentionCall) -> Site:
 
     Raises:
         ValueError: with `name`: attention that is not causal, or other shapes.
+        NotUnderstoodError: something happens to the scores that Graft does not know.
     """
+    call = settled(call)
     q, k, v = call.q, call.k, call.v
     if q.dim() != 4 or q.shape[0] != 1 or k.shape != v.shape or k.shape[2] != q.shape[2]:
         shapes = tuple(q.shape), tuple(k.shape), tuple(v.shape)

@@ -20,7 +20,8 @@ from torch import nn
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.families.calls import AttentionCall, Site, site_of
 from vllm_graft.families.masks import NotUnderstoodError
-from vllm_graft.families.probe import Calls, Line, refusing_flex
+from vllm_graft.families.probe import Calls, Line
+from vllm_graft.families.written_out import WrittenOut
 from vllm_graft.model import VLLMModelForCausalLM
 from vllm_graft.positions import current_batch, packed
 
@@ -118,7 +119,8 @@ class PlainForCausalLM(VLLMModelForCausalLM):
     @torch.no_grad()
     def _try_out(self) -> None:
         first, second = (_tokens(self.model, length) for length in _LENGTHS)
-        want = torch.cat([_run(self.model, x, _count(x))[0] for x in (first, second)])
+        with WrittenOut():
+            want = torch.cat([_run(self.model, x, _count(x))[0] for x in (first, second)])
         borders = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)])
         with packed(borders):
             got = self(torch.cat([first[0], second[0]]))
@@ -166,7 +168,7 @@ def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
 
     tokens = _tokens(model, length)
     try:
-        with Calls(length, attend), refusing_flex(lambda: running[-1]):
+        with Calls(length, attend):
             _run(model, tokens, _count(tokens))
     except NotUnderstoodError as error:
         raise ValueError(f"{running[-1]}: {error}") from None
@@ -175,8 +177,9 @@ def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
             hook.remove()
     if not sites:
         raise ValueError(
-            f"{type(model).__name__} never calls scaled_dot_product_attention or "
-            "nn.MultiheadAttention, and writes out no softmax(q @ k^T) @ v that Graft knows"
+            f"{type(model).__name__} never calls scaled_dot_product_attention, flex_attention, "
+            "varlen_attn or nn.MultiheadAttention, and writes out no softmax(q @ k^T) @ v that "
+            "Graft knows"
         )
     return sites
 

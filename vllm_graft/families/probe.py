@@ -8,27 +8,31 @@ Legend: T tokens, B sequences, L length, N query heads, K key/value heads, H hea
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.varlen import varlen_attn
 
 from vllm_graft.families import scores
 from vllm_graft.families.calls import AttentionCall, multi_head, sdpa
+from vllm_graft.families.flex import flex, varlen
 from vllm_graft.families.scores import Scores
+from vllm_graft.families.visible import Watch
 
 Line = tuple[str, int]
 """File and number of a source line."""
+_TORCH = os.path.join(os.path.dirname(torch.__file__), "")
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
              torch.Tensor.bmm)  # fmt: skip
 
 
-class Calls(TorchFunctionMode):
+class Calls(Watch):
     """Watch a forward on `length` tokens: give attention to `attend`, positions to `place`.
 
     Args:
@@ -68,16 +72,23 @@ class Calls(TorchFunctionMode):
             return self.attend(sdpa(*args, **kwargs))
         if func is F.multi_head_attention_forward:
             return multi_head(self.attend, *args, **kwargs)
+        if func is flex_attention:
+            return self.attend(flex(*args, **kwargs))
+        if func is varlen_attn:
+            return varlen(self.attend, self.length, *args, **kwargs)
         if func in _PRODUCTS and len(args) == 2:
             return self._product(func, args, kwargs)
         if any(isinstance(x, Scores) for x in args):
             return scores.change(func, args, kwargs)
         result = func(*args, **kwargs)
+        if func not in (torch.arange, torch.Tensor.__getitem__):
+            return result
+        line = _caller()
+        if line[0].startswith(_TORCH):  # indices of a block mask, not a model's positions
+            return result
         if func is torch.arange:
-            return self._arange(_caller(), result)
-        if func is torch.Tensor.__getitem__:
-            return self._slice(_caller(), args[0], args[1], result)
-        return result
+            return self._arange(line, result)
+        return self._slice(line, args[0], args[1], result)
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         left, right = args
@@ -123,30 +134,6 @@ class Calls(TorchFunctionMode):
         counts = len(cut) == 1 and whole and table.shape[cut[0]] > self.length
         (self.follows if counts else self.others).add(line)
         return result
-
-
-@contextmanager
-def refusing_flex(place: Callable[[], str]) -> Iterator[None]:
-    """Raise for calls of `flex_attention` in the block, by whatever name a model imported it.
-
-    Raises:
-        ValueError: with the module that `place` names.
-    """
-    from torch.nn.attention.flex_attention import flex_attention
-
-    def look(frame: Any, event: str, _: Any) -> None:
-        if event == "call" and frame.f_code is flex_attention.__code__:
-            raise ValueError(
-                f"{place()}: flex_attention is not supported; call scaled_dot_product_attention "
-                "with is_causal=True"
-            )
-
-    before = sys.getprofile()
-    sys.setprofile(look)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
 
 
 def _caller() -> Line:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from vllm_graft.families.calls import AttentionCall
 from vllm_graft.families.masks import HIDES, NotUnderstoodError, hidden_by
@@ -50,6 +51,32 @@ def begin(q: torch.Tensor, k: torch.Tensor) -> Scores:
     """The scores of q and k, `[B, N, L, H]` or `[B, L, H]`."""
     shape = torch.Size([*q.shape[:-1], k.shape[-2]])
     return Scores(AttentionCall(q=q, k=k, v=k), shape)
+
+
+def follow(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of the model's makes of its arguments, `Scores` among them.
+
+    Raises:
+        NotUnderstoodError: it takes a step that is not understood.
+    """
+    with _Following():
+        return function(*args)
+
+
+class _Following(TorchFunctionMode):
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        step = change if any(isinstance(x, Scores) for x in args) else _call
+        return step(func, args, kwargs or {})
+
+
+def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return func(*args, **kwargs)
 
 
 def weights(scores: Scores) -> AttentionCall:

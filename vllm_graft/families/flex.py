@@ -1,0 +1,140 @@
+"""Calls of `flex_attention` and `varlen_attn` in Graft's one form.
+
+Legend: T tokens of all rows one after another, B sequences, L length, N query heads,
+K key/value heads, H head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from vllm_graft.families.calls import AttentionCall
+from vllm_graft.families.masks import NotUnderstoodError
+from vllm_graft.families.scores import Scores, follow
+
+
+def flex(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    score_mod: Callable[..., torch.Tensor] | None = None,
+    block_mask: Any = None,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    return_lse: bool = False,
+    kernel_options: Any = None,
+    *,
+    return_aux: Any = None,
+) -> AttentionCall:
+    """A call of `flex_attention`, which has its arguments.
+
+    Raises:
+        NotUnderstoodError: it returns more than its output.
+    """
+    if return_lse or return_aux is not None:
+        raise NotUnderstoodError("flex_attention with return_lse or return_aux")
+    call = AttentionCall(q=q, k=k, v=v, scale=q.shape[-1] ** -0.5 if scale is None else scale)
+    if block_mask is not None:
+        call = replace(call, hides=(lambda: _hidden(block_mask.mask_mod, q),))
+    return call if score_mod is None else replace(call, modified=lambda c: _modify(c, score_mod))
+
+
+def _hidden(mask_mod: Callable[..., torch.Tensor], q: torch.Tensor) -> torch.Tensor:
+    """`[L, L]` from the indices of all tokens; by head, because all at once may not fit.
+
+    Raises:
+        ValueError: heads differ.
+    """
+    from torch.nn.attention.flex_attention import create_mask
+
+    heads, length = q.shape[1], q.shape[2]
+
+    def seen(head: int) -> torch.Tensor:
+        def of_head(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
+            return mask_mod(b, h + head, i, j)
+
+        return create_mask(of_head, 1, 1, length, length, device=q.device)[0, 0]
+
+    first = seen(0)
+    if not all(torch.equal(seen(head), first) for head in range(1, heads)):
+        raise ValueError("its mask differs between heads")
+    return ~first
+
+
+def _modify(call: AttentionCall, score_mod: Callable[..., torch.Tensor]) -> AttentionCall:
+    """What `score_mod` makes of the scores, read like steps between a product and a softmax."""
+    shape = torch.Size([*call.q.shape[:-1], call.k.shape[-2]])
+    scores = Scores(replace(call, hides=()), shape)  # the block mask comes after
+    at = torch.arange(call.q.shape[2], device=call.q.device)
+    head = torch.arange(call.q.shape[1], device=call.q.device)[:, None, None]
+    changed = follow(score_mod, scores, torch.zeros_like(at[0]), head, at[:, None], at)
+    if not isinstance(changed, Scores):
+        raise NotUnderstoodError("score_mod returns something else than changed scores")
+    return replace(changed.call, hides=(*changed.call.hides, *call.hides))
+
+
+def varlen(
+    attend: Callable[[AttentionCall], torch.Tensor],
+    length: int,
+    q_TNH: torch.Tensor,
+    k_TKH: torch.Tensor,
+    v_TKH: torch.Tensor,
+    cu_seq_q: torch.Tensor,
+    cu_seq_k: torch.Tensor | None,
+    max_q: int,
+    max_k: int,
+    *,
+    return_aux: Any = None,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    seqused_k: torch.Tensor | None = None,
+    block_table: torch.Tensor | None = None,
+    num_splits: int | None = None,
+) -> torch.Tensor:
+    """A call of `varlen_attn`, which has the arguments after `length`, given to `attend`.
+
+    Args:
+        attend: takes the call on rows of `length` tokens.
+        length: L; T is a multiple of it.
+
+    Raises:
+        NotUnderstoodError: a cache of the model's own, or more than the output returned.
+    """
+    given = {"return_aux": return_aux, "seqused_k": seqused_k, "block_table": block_table}
+    refused = [name for name, value in given.items() if value is not None]
+    if refused:
+        raise NotUnderstoodError(f"varlen_attn with {', '.join(refused)}")
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
+    call = AttentionCall(
+        q=q,
+        k=k,
+        v=v,
+        scale=q.shape[-1] ** -0.5 if scale is None else scale,
+        hides=(lambda: _apart(cu_seq_q, cu_seq_k, len(q_TNH), window_size),),
+    )
+    return attend(call).transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def _apart(
+    cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor | None, tokens: int, window: tuple[int, int]
+) -> torch.Tensor:
+    """`[T, T]`, True where tokens are of different sequences or further apart than the window.
+
+    Raises:
+        ValueError: the keys' sequences are not the queries'.
+    """
+    if cu_seq_k is None or not torch.equal(cu_seq_q, cu_seq_k):
+        raise ValueError("varlen_attn with keys of other sequences than its queries")
+    at = torch.arange(tokens, device=cu_seq_q.device)
+    sequence = torch.searchsorted(cu_seq_q, at.to(cu_seq_q.dtype), right=True)
+    behind = at[:, None] - at
+    hidden = sequence[:, None] != sequence
+    left, right = window
+    if left >= 0:
+        hidden = hidden | (behind > left)
+    return hidden | (-behind > right) if right >= 0 else hidden

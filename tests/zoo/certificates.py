@@ -131,6 +131,8 @@ this page.
 - **greedy tokens**: how many agree, on all paths together.
 - **gradients**: the largest difference in units of a weight's largest gradient; the limit here is
   1e-5. Weights that only one of the two models fuses are left out.
+- **reference**: of `Flex` the gradients, and all of `Varlen`, are compared with the original whose
+  attention is written out, since torch has no kernel for them on CPU.
 - **paths**: 8 are training forward, prefill, chunked prefill, prefix cache, decode, mixed batch,
   after a weight update, after export and reload; 10 have torch.compile and two ranks as well.
 

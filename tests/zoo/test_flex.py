@@ -132,6 +132,11 @@ class OneLayer(LearnedPositions):
         self.h = nn.ModuleList([layer])
 
 
+def test_a_mask_that_asks_for_the_head_may_be_the_same_for_all():
+    model = spread_weights(OneLayer(FlexAttention(lambda b, h, i, j: (i >= j) & (h < N)))).eval()
+    assert [site.masked for site in vllm_graft.adapt(model).sites] == [True]
+
+
 def softcapped(score, b, h, i, j):
     return 5.0 * torch.tanh(score / 5.0)
 
@@ -170,6 +175,7 @@ def of_positions(score, b, h, i, j):
         (FlexAttention(None), "attention is not causal"),
         (FlexAttention(lambda b, h, i, j: (i >= j) | (j < 4)), "its mask shows later tokens"),
         (FlexAttention(lambda b, h, i, j: (i >= j) & (i - j < 3 + h)), "differs between heads"),
+        (FlexAttention(lambda b, h, i, j: (i >= j) & ((h == 0) | (i - j < 3))), "between heads"),
         (FlexAttention(lambda b, h, i, j: (i >= j) & (j != 2)), "neither causal nor a window"),
         (FlexAttention(causal, score_mod=alibi), r"something is added .*\(a bias\)"),
         (FlexAttention(causal, score_mod=sigmoid), "sigmoid of attention scores is not"),

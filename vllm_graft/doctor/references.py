@@ -64,13 +64,13 @@ class StockEngine(Reference):
         """See `Reference`.
 
         Raises:
-            RuntimeError: vLLM cannot load or run its own implementation.
+            RuntimeError: vLLM cannot start its own implementation.
         """
         try:
             llm = _vllm_stock.stock_engine(self._checkpoint, **options(self._max_model_len))
         except Exception as error:
             raise RuntimeError(
-                f"stock vLLM cannot run {self._checkpoint}: {type(error).__name__}: {error}"
+                f"stock vLLM cannot start on {self._checkpoint}: {type(error).__name__}: {error}"
             ) from error
         try:
             return [rows.logprobs for rows in prefill(llm, list(sequences))]

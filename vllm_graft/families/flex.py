@@ -44,7 +44,7 @@ def flex(
 
 
 def _hidden(mask_mod: Callable[..., torch.Tensor], q: torch.Tensor) -> torch.Tensor:
-    """`[L, L]` from the indices of all tokens; by head, because all at once may not fit.
+    """`[L, L]` from the indices of all tokens, once if no head is asked for, else head by head.
 
     Raises:
         ValueError: heads differ.
@@ -53,16 +53,31 @@ def _hidden(mask_mod: Callable[..., torch.Tensor], q: torch.Tensor) -> torch.Ten
 
     heads, length = q.shape[1], q.shape[2]
 
-    def seen(head: int) -> torch.Tensor:
-        def of_head(b: torch.Tensor, h: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
-            return mask_mod(b, h + head, i, j)
+    def seen(head: Any) -> torch.Tensor:
+        def of_head(b: torch.Tensor, _: torch.Tensor, i: torch.Tensor, j: torch.Tensor) -> Any:
+            return mask_mod(b, head, i, j)
 
         return create_mask(of_head, 1, 1, length, length, device=q.device)[0, 0]
 
-    first = seen(0)
-    if not all(torch.equal(seen(head), first) for head in range(1, heads)):
+    try:
+        return ~seen(_AnyHead())
+    except Exception:  # whatever a model does with a head that is no number
+        first, *others = (seen(torch.tensor(head, device=q.device)) for head in range(heads))
+    if not all(torch.equal(other, first) for other in others):
         raise ValueError("its mask differs between heads")
     return ~first
+
+
+class _AnyHead:
+    """In the place of a head's index: every use raises."""
+
+    def __eq__(self, other: object) -> bool:
+        raise TypeError("a head's index is used")
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __bool__(self) -> bool:
+        raise TypeError("a head's index is used")
 
 
 def _modify(call: AttentionCall, score_mod: Callable[..., torch.Tensor]) -> AttentionCall:

@@ -108,7 +108,8 @@ def test_the_cache_holds_576_numbers_per_token_and_layer(checkpoint, dtype, size
 
 
 def test_vllms_cpu_kernel_for_rope_is_still_wrong_for_mla():
-    """vLLM 0.32: heads in a dimension of their own. When this fails, drop `STOCK`."""
+    """vLLM 0.32: heads in a dimension of their own. When this fails, drop `STOCK` and what
+    `serve/_vllm_stock.py` does on CPU."""
     from vllm.config import VllmConfig, set_current_vllm_config
 
     torch.manual_seed(0)

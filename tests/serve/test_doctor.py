@@ -10,6 +10,7 @@ import sys
 
 import pytest
 
+from tests.moe_checkpoints import deepseek_v3_checkpoint
 from tests.support import ROOT, qwen3_checkpoint, spread_weights
 from tests.zoo.test_handwritten import LearnedPositions
 from tests.zoo.test_transformers import GPT2
@@ -119,6 +120,19 @@ def test_against_stock_vllm_a_faulty_port_exits_1(checkpoint, tmp_path):
     report = json.loads((tmp_path / "report.json").read_text())
     # The eps is too large on every path, by far more than the limit of 1e-4 nats.
     assert all(each["max_difference"] > 1e-2 for each in report["paths"])
+
+
+@pytest.mark.slow
+def test_against_stock_vllm_latent_attention_agrees_too(tmp_path):
+    deepseek_v3_checkpoint(tmp_path / "own")
+    arguments = ("own", "--arch", "DeepSeekV3TorchTitan", "--reference", "vllm")
+    done = command(tmp_path, *arguments, "--json", "report.json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads((tmp_path / "report.json").read_text())
+    absent = [each["what"] for each in report["left_out"]]
+    assert absent[-3:] == ["layers", "gradients", "diagnosis"]
+    # Which of the two vLLM turns off depends on the processor.
+    assert len(report["paths"]) + len(absent) == 8 + 3
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from vllm_graft.serve._vllm import platform_device
 from vllm_graft.serve._vllm_engine import in_this_process
 from vllm_graft.serve.registry import registrations
+
+_ON_CPU = {"compilation_config": {"custom_ops": ["-rotary_embedding"]}}
+"""RoPE by vLLM's PyTorch code: its CPU kernel is wrong for latent attention, up to 0.32. Can go
+with the test that says so (`tests/serve/test_deepseek_v3.py`)."""
 
 
 def stock_engine(checkpoint: str, **options: Any) -> Any:
@@ -20,8 +25,9 @@ def stock_engine(checkpoint: str, **options: Any) -> Any:
     """
     from vllm import LLM
 
+    corrections = _ON_CPU if platform_device() == "cpu" else {}
     with in_this_process():
-        return LLM(checkpoint, model_impl="vllm", **options)
+        return LLM(checkpoint, model_impl="vllm", **corrections, **options)
 
 
 def refuse_without_own_model(checkpoint: str) -> None:

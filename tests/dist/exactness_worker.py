@@ -11,6 +11,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
 import vllm_graft
@@ -42,6 +43,7 @@ def main() -> None:
             if not there
         ],
         "scored": scored,
+        "threads": torch.get_num_threads(),
     }
     rank = dist.get_rank() if dist.is_initialized() else 0
     Path(f"{result}.{rank}").write_text(json.dumps(saved))

@@ -96,17 +96,11 @@ def build(folder: Path, arch: str, *, expert_parallel: bool) -> Any:
     from vllm_graft.serve.importing import Importable, locate
     from vllm_graft.serve.registry import BUILT_IN
 
-    class Context(ParallelContext):
-        """Without vLLM: these ranks are all there are."""
-
-        def get_tp_process_group(self) -> Any:
-            return dist.group.WORLD
-
     vllm_config = SimpleNamespace(
         hf_config=AutoConfig.from_pretrained(folder),
         model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=512),
     )
-    context = Context(
+    context = ParallelContext(
         tensor_model_parallel_size=RANKS, expert_parallel_size=RANKS if expert_parallel else 1
     )
     return locate(Importable.parse(BUILT_IN[arch]))(vllm_config, context)

@@ -11,7 +11,11 @@ from torch.distributed.device_mesh import DeviceMesh
 
 @dataclass
 class ParallelContext:
-    """Sizes and groups of the parallelism vLLM runs this model with."""
+    """Sizes and groups of the parallelism vLLM runs this model with.
+
+    Outside vLLM, where `torch.distributed` has exactly as many ranks as an axis (a factory called
+    under torchrun), all ranks are the group of that axis.
+    """
 
     tensor_model_parallel_size: int = 1
     pipeline_model_parallel_size: int = 1
@@ -47,22 +51,22 @@ class ParallelContext:
         return self.expert_parallel_size
 
     def get_tensor_parallel_rank(self) -> int:
-        """This process's tensor-parallel rank; 0 before vLLM initialized its groups."""
+        """This process's tensor-parallel rank; 0 where there is no group."""
         group = self.get_tp_process_group()
         return 0 if group is None else dist.get_rank(group)
 
     def get_pipeline_parallel_rank(self) -> int:
-        """This process's pipeline stage; 0 before vLLM initialized its groups."""
+        """This process's pipeline stage; 0 where there is no group."""
         group = self.get_pp_process_group()
         return 0 if group is None else dist.get_rank(group)
 
     def get_tp_process_group(self) -> dist.ProcessGroup | None:
-        """The tensor-parallel device group of vLLM, or None before it exists."""
-        return _group("tp")
+        """The tensor-parallel group of vLLM, None before it exists; outside vLLM see above."""
+        return _group("tp", self.tensor_model_parallel_size)
 
     def get_pp_process_group(self) -> dist.ProcessGroup | None:
-        """The pipeline-parallel device group of vLLM, or None before it exists."""
-        return _group("pp")
+        """The pipeline-parallel group of vLLM, None before it exists; outside vLLM see above."""
+        return _group("pp", self.pipeline_model_parallel_size)
 
     def stage_layers(self, num_layers: int) -> range:
         """The layers of this pipeline stage, as vLLM divides them; all of them without stages.
@@ -91,19 +95,20 @@ class ParallelContext:
         return layers[self.get_pipeline_parallel_rank()]
 
     def tp_mesh(self, device_type: str | None = None) -> DeviceMesh:
-        """A one-dimensional mesh `("tp",)` over vLLM's own tensor-parallel ranks.
+        """A one-dimensional mesh `("tp",)` over the ranks of `get_tp_process_group()`.
 
         Args:
             device_type: `"cuda"`, `"cpu"`; by default that of vLLM's platform.
 
         Raises:
-            RuntimeError: vLLM has not initialized its groups.
+            RuntimeError: there is no group.
         """
         group = self.get_tp_process_group()
         if group is None:
             raise RuntimeError(
                 "tp_mesh: vLLM has no process groups yet; call it in the factory, which vLLM runs "
-                "after it has initialized them"
+                "after it has initialized them, or under torchrun with "
+                f"{self.tensor_model_parallel_size} ranks, after init_process_group()"
             )
         from vllm_graft.serve._vllm import platform_device
 
@@ -111,10 +116,12 @@ class ParallelContext:
         return DeviceMesh.from_group(group, kind, mesh_dim_names=("tp",))
 
 
-def _group(axis: str) -> dist.ProcessGroup | None:
+def _group(axis: str, size: int) -> dist.ProcessGroup | None:
     if not dist.is_available() or not dist.is_initialized():
         return None
     from vllm_graft.serve._vllm import process_group
 
     group: dist.ProcessGroup | None = process_group(axis)
+    if group is None and dist.get_world_size() == size:
+        return dist.group.WORLD
     return group

@@ -35,7 +35,7 @@ from vllm_graft.examples.megatron_config import (
 from vllm_graft.examples.megatron_names import name_mapping
 from vllm_graft.examples.script import run
 from vllm_graft.families.megatron_mla import with_latent_seam
-from vllm_graft.families.megatron_parallel import process_groups
+from vllm_graft.families.megatron_parallel import process_groups, tensor_parallel_group
 from vllm_graft.families.megatron_rope import megatron_device
 from vllm_graft.positions import TokenBatch, current_batch, running
 
@@ -52,7 +52,7 @@ class MegatronForCausalLM(VLLMModelForCausalLM):
         hf_config, model_config = vllm_config.hf_config, vllm_config.model_config
         tp_size = parallel_context.get_tensor_parallel_world_size() if parallel_context else 1
         refuse_unsupported(hf_config, tp_size)
-        group = parallel_context.get_tp_process_group() if tp_size > 1 else None
+        group = tensor_parallel_group(parallel_context)
         self.model: Any = gpt_model(
             hf_config, model_config.max_model_len, model_config.dtype, group
         )

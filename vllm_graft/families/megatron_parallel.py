@@ -27,11 +27,35 @@ class OneRank:
         return 0
 
 
-def process_groups(tp: dist.ProcessGroup | None = None) -> Any:
-    """Megatron's `ProcessGroupCollection` with vLLM's tensor-parallel group.
+def tensor_parallel_group(parallel_context: Any) -> dist.ProcessGroup | None:
+    """The group that Megatron's layers are sharded over; None for one rank.
 
     Args:
-        tp: from `parallel_context.get_tp_process_group()`; None, or a group of one rank,
+        parallel_context: from the factory; None for one rank.
+
+    Raises:
+        ValueError: several ranks, and no group of theirs. Megatron would build the whole model.
+    """
+    size = parallel_context.get_tensor_parallel_world_size() if parallel_context else 1
+    if size == 1:
+        return None
+    group: dist.ProcessGroup | None = parallel_context.get_tp_process_group()
+    if group is None:
+        state = f"has {dist.get_world_size()}" if dist.is_initialized() else "is not initialized"
+        raise ValueError(
+            f"tensor_model_parallel_size={size} needs a process group of {size} ranks, but vLLM "
+            f"has made none here and torch.distributed {state}. Let vLLM call the factory, run "
+            f"`torchrun --nproc-per-node {size}` and torch.distributed.init_process_group() "
+            "before it, or pass ParallelContext() for the whole model"
+        )
+    return group
+
+
+def process_groups(tp: dist.ProcessGroup | None = None) -> Any:
+    """Megatron's `ProcessGroupCollection` with the tensor-parallel group.
+
+    Args:
+        tp: from `tensor_parallel_group(parallel_context)`; None, or a group of one rank,
             needs no `torch.distributed`.
 
     Returns:

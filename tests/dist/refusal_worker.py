@@ -1,4 +1,4 @@
-"""One rank: start an engine with a factory and print the error.
+"""One rank: start an engine with a factory and print the error, or SERVED.
 
 Run by torchrun: `refusal_worker.py TARGET CHECKPOINT OPTIONS`, the last for the engine, in JSON.
 """
@@ -17,7 +17,7 @@ from tests.support import engine
 
 
 def main() -> None:
-    """Start the engine under torchrun's ranks; it must not."""
+    """Start the engine under torchrun's ranks."""
     target, checkpoint, options = sys.argv[1:]
     vllm_graft.register("Wrong", target)
     try:

@@ -44,6 +44,12 @@ def test_a_wrong_order_of_a_users_plan_is_named(factory, my_checkpoint):
     assert_refused(f"tests.dist.wrong_orders:{factory}", my_checkpoint, PLAIN[factory])
 
 
+def test_logits_of_one_ranks_vocabulary_are_named_with_the_fix(my_checkpoint):
+    for refusal in refusals("tests.dist.wrong_orders:plan_ungathered", my_checkpoint):
+        assert "compute_logits returned (1, 128) for 1 token; expected (1, 256)" in refusal, refusal
+        assert "gather the output of the head (ColwiseParallel(output_layouts=" in refusal, refusal
+
+
 @pytest.mark.parametrize("target", ONE_KV_HEAD)
 def test_fewer_kv_heads_than_ranks_are_named(target, my_checkpoint, tmp_path):
     checkpoint = tmp_path / "checkpoint"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.distributed.tensor.parallel import parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from examples.custom_models import megatron_gpt
 from examples.custom_models.qwen3_torchtitan import Qwen3TorchTitanForCausalLM, qwen3_config
@@ -46,6 +46,14 @@ def megatron_not_replaced(vllm_config: Any, parallel_context: Any) -> nn.Module:
 def plan_without_tp(vllm_config: Any, parallel_context: Any) -> nn.Module:
     """A hand-written model, its plan not applied."""
     return PlainForCausalLM(vllm_config)
+
+
+def plan_ungathered(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """A plan that leaves each rank the logits of its part of the vocabulary."""
+    model = PlainForCausalLM(vllm_config)
+    plan = PLAN | {"output": ColwiseParallel()}
+    parallelize_module(model.model, parallel_context.tp_mesh(), plan)
+    return model
 
 
 def plan_first(vllm_config: Any, parallel_context: Any) -> nn.Module:

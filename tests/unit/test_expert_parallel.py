@@ -54,10 +54,14 @@ def test_a_rank_whose_experts_nobody_chose_has_gradients_of_zero():
 
 def test_sizes_are_vllms():
     config = SimpleNamespace(
-        tensor_parallel_size=2, pipeline_parallel_size=1, data_parallel_size=3,
+        tensor_parallel_size=2, pipeline_parallel_size=5, data_parallel_size=3,
         enable_expert_parallel=True,
     )  # fmt: skip
-    assert ParallelContext.from_config(config).get_expert_parallel_world_size() == 6
+    context = ParallelContext.from_config(config)
+    assert context.get_tensor_parallel_world_size() == 2
+    assert context.get_pipeline_parallel_world_size() == 5
+    assert context.get_data_parallel_size() == 3
+    assert context.get_expert_parallel_world_size() == 6
     config.enable_expert_parallel = False
     assert ParallelContext.from_config(config).get_expert_parallel_world_size() == 1
 

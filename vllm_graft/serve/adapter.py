@@ -71,6 +71,7 @@ class GraftForCausalLM(nn.Module):
         self._body = make_body(self.model, vllm_config)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._parallel_config = vllm_config.parallel_config
+        self._dummy_weights = vllm_config.load_config.load_format == "dummy"
         self._eval_mode = EvalMode(self.model)
         self._traced = False
         self._loading = Loading(self.arch, self.model)
@@ -187,7 +188,9 @@ class GraftForCausalLM(nn.Module):
 
     def _check_ranks(self) -> None:
         context = ParallelContext.from_config(self._parallel_config)
-        check_ranks_differ(self.model, context)
+        # vLLM's dummy loader draws the same numbers for tensors of one shape, on every rank.
+        if not self._dummy_weights:
+            check_ranks_differ(self.model, context)
         layers = [paged.name for paged in self._paged]
         check_stages(layers, self._loading.report.elsewhere, context)
 
@@ -200,6 +203,7 @@ class GraftForCausalLM(nn.Module):
             stage=self._stage,
             vocab_size=self._vocab_size,
             max_model_len=self._max_model_len,
+            tp_size=self._parallel_config.tensor_parallel_size,
             compute_logits=self.compute_logits,
         )
 

@@ -29,6 +29,7 @@ class DryRun:
     stage: Stage
     vocab_size: int
     max_model_len: int
+    tp_size: int = 1
     compute_logits: Callable[[torch.Tensor], torch.Tensor]
 
     @torch.inference_mode()
@@ -129,7 +130,19 @@ class DryRun:
             raise RuntimeError(
                 f"{self.arch}: compute_logits returned {tuple(logits.shape)} for 1 token; "
                 f"expected (1, {self.vocab_size}), vocab_size of the checkpoint's config"
+                f"{self._gather_hint(logits.shape[-1])}"
             )
+
+    def _gather_hint(self, columns: int) -> str:
+        """What to say about too few columns where several ranks have some each."""
+        if self.tp_size == 1 or columns * self.tp_size < self.vocab_size:
+            return ""
+        return (
+            f". With tensor_parallel_size={self.tp_size} these are the columns of one rank, and "
+            "every rank must return whole logits: gather the output of the head "
+            "(ColwiseParallel(output_layouts=Replicate()) in a DTensor plan, TitanParallel.gather "
+            "for TorchTitan, parallel_output=False for Megatron's GPTModel)"
+        )
 
 
 @contextmanager

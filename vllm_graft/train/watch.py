@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from vllm_graft.train.digest import digest
 from vllm_graft.weights.errors import WeightError
@@ -45,15 +47,24 @@ class _Seen:
 class WeightWatch:
     """Remembers the parameters and buffers of `model` and says when they are others.
 
-    Versions catch every in-place operation and cost microseconds. What is written
-    through `.data`, or by other code on the same memory, leaves the version as it is:
-    a digest over all bytes catches that.
+    Versions catch in-place operations and cost microseconds. The kernels of fused
+    optimizers leave them as they are: a hook after each optimizer's step notes those.
+    What is written through `.data`, or by other code on the same memory, is caught by a
+    digest over all bytes.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._seen = self._look()
         self._digests_differ()
+        self._stepped = False
+        _note_steps_to(self)
+
+    def note_step(self, optimizer: Optimizer) -> None:
+        """Take the parameters as changed if `optimizer` has any of them."""
+        watched = {id(seen.tensor) for seen in self._seen}
+        held = (id(p) for group in optimizer.param_groups for p in group["params"])
+        self._stepped |= not watched.isdisjoint(held)
 
     def changed(self, *, thorough: bool) -> bool:
         """Whether any value changed since the last call that found a change.
@@ -64,10 +75,11 @@ class WeightWatch:
         Raises:
             WeightError: a parameter was replaced by another tensor or changed its shape.
         """
-        if not all(seen.unchanged() for seen in self._seen):
+        if self._stepped or not all(seen.unchanged() for seen in self._seen):
             self._check_parameters()
             self._seen = self._look()
             self._digests_differ()
+            self._stepped = False
             return True
         return thorough and self._digests_differ()
 
@@ -121,6 +133,19 @@ class WeightWatch:
             before, seen.digest = seen.digest, digest(seen.own)
             changed |= before is not None and before != seen.digest
         return changed
+
+
+def _note_steps_to(watch: WeightWatch) -> None:
+    """Tell `watch` of every optimizer's steps, as long as it lives."""
+    weak = weakref.ref(watch)
+
+    def note(optimizer: Optimizer, *_: Any) -> None:
+        alive = weak()
+        if alive is not None:
+            alive.note_step(optimizer)
+
+    handle = register_optimizer_step_post_hook(note)
+    weakref.finalize(watch, handle.remove)
 
 
 @torch.no_grad()

@@ -91,15 +91,28 @@ def test_stochastic_rounding_follows_a_float32_training():
     assert all(m.numel() == 0 for _, m in optimizer._apart())
 
 
+def through_version(parameter, value):
+    with torch.no_grad():
+        parameter.fill_(value)
+
+
+def through_data(parameter, value):
+    parameter.data.fill_(value)
+
+
+def other_storage(parameter, value):
+    parameter.data = torch.full_like(parameter, value)
+
+
+@pytest.mark.parametrize("write", [through_version, through_data, other_storage])
 @pytest.mark.parametrize("rounding", ["master", "stochastic"])
-def test_foreign_writes_and_float32_parameters(rounding):
+def test_foreign_writes_and_float32_parameters(rounding, write):
     model = model_of(torch.bfloat16)
     model[1].float()
     optimizer = ServedOptimizer(model.parameters(), torch.optim.SGD, rounding=rounding, lr=0.5)
     train(model, optimizer, 1)
-    with torch.no_grad():
-        model[0].weight.fill_(3.0)
-        model[1].weight.fill_(5.0)
+    write(model[0].weight, 3.0)
+    write(model[1].weight, 5.0)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

@@ -24,8 +24,10 @@ class ServedOptimizer(Optimizer):
     * `rounding="stochastic"`: no masters; each update is rounded up or down at random, by how
       near it is, so that the mean is right.
 
-    Values that something else writes into a parameter (a checkpoint, a broadcast) replace its
-    master at the next step. float32 parameters are optimized as they are.
+    Values that something else writes into a parameter, by any route (a checkpoint, a push,
+    `.data`), replace its master at the next step: before it, masters are rounded and compared
+    with what is served, one pass over the parameters. Values that are equal keep their master.
+    float32 parameters are optimized as they are.
 
     Args:
         params: parameters or param groups, as for any optimizer.
@@ -55,7 +57,6 @@ class ServedOptimizer(Optimizer):
         groups = _as_groups(params)
         self._served: list[torch.nn.Parameter] = [p for g in groups for p in g["params"]]
         self._masters = [_master(p, rounding) for p in self._served]
-        self._versions = [local(p)._version for p in self._served]
         masters = iter(self._masters)
         self.inner: Optimizer = optimizer(
             [{**group, "params": [next(masters) for _ in group["params"]]} for group in groups],
@@ -96,22 +97,20 @@ class ServedOptimizer(Optimizer):
         return loss
 
     def _read_served(self) -> None:
-        for index, (served, master) in enumerate(self._apart()):
+        for served, master in self._apart():
             if self._rounding == "stochastic":
                 master.data = served.detach().float()
-            elif local(served)._version != self._versions[index]:
-                written = master.to(served.dtype) != served
-                master.copy_(torch.where(written, served.float(), master))
+            else:
+                _take_up_written(local(served), local(master))
             master.grad = None if served.grad is None else served.grad.float()
 
     def _write_served(self) -> None:
-        for index, (served, master) in enumerate(self._apart()):
+        for served, master in self._apart():
             if master.grad is not None and self._rounding == "stochastic":
                 served.copy_(round_stochastically(master, served.dtype))
             elif master.grad is not None:
                 served.copy_(master)
             master.grad = None
-            self._versions[index] = local(served)._version
 
     def _empty_masters(self) -> None:
         if self._rounding == "stochastic":
@@ -148,6 +147,15 @@ class ServedOptimizer(Optimizer):
         for (served, master), value in zip(kept, masters, strict=True):
             master.copy_(value)
             served.copy_(master)
+
+
+def _take_up_written(served: torch.Tensor, master: torch.Tensor) -> None:
+    """Put values that are not the rounded master's into the master.
+
+    Values are compared, not versions: `.data` and vLLM's reload leave no version.
+    """
+    written = master.to(served.dtype) != served
+    master.copy_(torch.where(written, served, master))
 
 
 def round_stochastically(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

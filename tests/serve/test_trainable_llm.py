@@ -45,11 +45,23 @@ def both(llm, tokens, **sampling):
     return [sampled_logprobs(c) for c in completions], [s.tolist() for s in scored]
 
 
-def step(llm):
-    optimizer = torch.optim.SGD(llm.model.parameters(), lr=0.05)
+def step(llm, kind=torch.optim.SGD, **options):
+    optimizer = kind(llm.model.parameters(), **{"lr": 0.05, **options})
     llm.token_logprobs([prompts((40,))[0]], [10])[0].sum().backward()
     optimizer.step()
     optimizer.zero_grad()
+
+
+def fused_sgd(llm):
+    step(llm, fused=True)
+
+
+def fused_adamw(llm):
+    step(llm, torch.optim.AdamW, lr=1e-3, fused=True)
+
+
+def served_optimizer(llm):
+    step(llm, vllm_graft.ServedOptimizer, lr=1e-3, fused=True)
 
 
 def in_place(llm):
@@ -80,13 +92,15 @@ def through_numpy(llm):
     llm.model.model.lm_head.weight.detach().numpy()[:] *= 1.01
 
 
-def reload(llm):
-    in_place(llm)
-    llm.collective_rpc("reload_weights")
+def announced_data(llm):
+    for parameter in llm.model.parameters():
+        parameter.data.mul_(1.01)
+    llm.weights_changed()
 
 
 ROUTES = [
-    step, in_place, load, through_data, one_number_through_data, other_storage, through_numpy,
+    step, fused_sgd, fused_adamw, served_optimizer, in_place, load, through_data,
+    one_number_through_data, other_storage, through_numpy, announced_data,
 ]  # fmt: skip
 
 
@@ -133,7 +147,10 @@ def test_train_mode_does_not_reach_serving(checkpoint):
         assert all(m.training for m in llm.model.modules())
 
 
-def test_requests_in_flight_go_on_with_the_new_weights(checkpoint):
+@pytest.mark.parametrize(
+    "route", [step, fused_sgd, fused_adamw, served_optimizer, in_place, announced_data]
+)
+def test_requests_in_flight_go_on_with_the_new_weights(checkpoint, route):
     from vllm import SamplingParams
 
     tokens = prompts((140,))[0]
@@ -142,7 +159,7 @@ def test_requests_in_flight_go_on_with_the_new_weights(checkpoint):
         llm.llm_engine.add_request("0", {"prompt_token_ids": tokens}, params)
         for _ in range(10):
             llm.llm_engine.step()
-        in_place(llm)
+        route(llm)
         while llm.llm_engine.has_unfinished_requests():
             outputs = llm.llm_engine.step()
         completion = outputs[0].outputs[0]

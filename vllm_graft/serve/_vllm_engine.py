@@ -143,6 +143,27 @@ def any_rank(fact: bool) -> bool:
     return bool(flag)
 
 
+def raise_on_every_rank(failure: Exception | None) -> None:
+    """Raise what failed on any tensor-parallel rank; every rank must call this.
+
+    Raises:
+        WeightError: of several ranks, with the reason of each that failed.
+    """
+    import torch.distributed as dist
+    from vllm.distributed import get_tp_group
+
+    group = get_tp_group()
+    reasons: list[str | None] = [None] * group.world_size
+    if group.world_size > 1:
+        mine = None if failure is None else str(failure)
+        dist.all_gather_object(reasons, mine, group=group.cpu_group)
+    elif failure is not None:
+        raise failure
+    failed = [f"rank {rank}: {why}" for rank, why in enumerate(reasons) if why is not None]
+    if failed:
+        raise WeightError("\n".join(failed)) from failure
+
+
 def fail_all(llm_engine: Any, core: Any, error: Exception) -> None:
     """Let every unfinished request of an `AsyncLLM` raise `error`; the engine goes on."""
     states = llm_engine.output_processor

@@ -6,7 +6,7 @@ Steps are plain data (JSON) and errors are answers: `describe`, `start`, any num
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from vllm_graft.train import segment
 from vllm_graft.train.digest import compare, digests_of
 from vllm_graft.train.targets import BACKEND
 from vllm_graft.weights.contents import Contents
-from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.errors import WeightError, failure_of
 
 _STEPS = ("describe", "start", "write", "finish", "abandon")
 OPEN = "a push of weights has begun and is not complete"
@@ -84,7 +84,7 @@ class Receiver:
         self._check(push)
         adapter = self._adapter()
         with adapter.packing.keeping():
-            failure = _failure_of(self._hooks.finish)
+            failure = failure_of(self._hooks.finish)
             # Reading the weights back takes all ranks: none may be missing then.
             if any_rank(failure is not None):
                 raise failure or WeightError("another rank could not finish the update")
@@ -126,14 +126,6 @@ class Receiver:
         self._push = None
         self._hooks.abandon()
         self._adapter().refuse(f"a push of weights broke off: {reason}. Push again")
-
-
-def _failure_of(step: Callable[[], None]) -> Exception | None:
-    try:
-        step()
-    except Exception as error:
-        return error
-    return None
 
 
 def tensors_in(name: str, tensors: Iterable[list[Any]]) -> Iterator[tuple[str, torch.Tensor]]:

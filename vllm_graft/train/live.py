@@ -11,6 +11,7 @@ from torch import nn
 from vllm_graft.serve import _vllm_engine
 from vllm_graft.train.scoring import Scorer
 from vllm_graft.train.watch import WeightWatch
+from vllm_graft.weights.errors import failure_of
 
 
 class LiveModule:
@@ -42,18 +43,23 @@ class LiveModule:
     def take_up_changes(self, *, thorough: bool) -> None:
         """Serve what the module holds now: check it, drop what old weights computed.
 
+        What one rank cannot serve raises on all: the others would wait for it in the forward.
+
         Args:
             thorough: look for writes that left no trace in tensor versions too.
 
         Raises:
             WeightError: the weights cannot be served; nothing was dropped.
         """
-        self._adapter.check_servable()
-        changed = self._watch.changed(thorough=thorough and not self._unchecked)
-        self._unchecked |= changed
-        if not _vllm_engine.any_rank(self._unchecked):
+        failure = failure_of(lambda: self._look(thorough))
+        if not _vllm_engine.any_rank(self._unchecked or failure is not None):
             return
-        self._watch.check_finite()
+        _vllm_engine.raise_on_every_rank(failure or failure_of(self._watch.check_finite))
         self._adapter.packing.changed()
         _vllm_engine.forget_cached(self._core)
         self._unchecked = False
+
+    def _look(self, thorough: bool) -> None:
+        self._adapter.check_servable()
+        changed = self._watch.changed(thorough=thorough and not self._unchecked)
+        self._unchecked |= changed

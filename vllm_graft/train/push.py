@@ -17,7 +17,7 @@ from vllm_graft.train.segment import ALIGNMENT, Segment, nbytes
 from vllm_graft.train.targets import Target, target_of
 from vllm_graft.train.watch import is_finite, listed
 from vllm_graft.weights.contents import Contents
-from vllm_graft.weights.errors import WeightError
+from vllm_graft.weights.errors import WeightError, failure_of
 from vllm_graft.weights.mapping import NameMapping
 from vllm_graft.weights.shards import local
 
@@ -65,7 +65,7 @@ def push_weights(
     try:
         for name, tensor in contents.tensors():  # to the end, whatever fails: it is collective
             if sender is not None and failure is None:
-                failure = _failure_of(partial(sender.add, name, tensor))
+                failure = failure_of(partial(sender.add, name, tensor))
         _together(lambda: _close(sender, failure))
     except BaseException as error:
         if sender is not None:
@@ -161,7 +161,7 @@ class _Sender:
     def abandon(self, reason: str) -> None:
         """Tell the engine that nothing more comes; one that is gone need not hear it."""
         if self._started:
-            _failure_of(lambda: self._call("abandon", reason=reason))
+            failure_of(lambda: self._call("abandon", reason=reason))
 
     def _flush(self) -> None:
         if not self._started:
@@ -181,14 +181,6 @@ def _close(sender: _Sender | None, failure: Exception | None) -> None:
         sender.finish()
 
 
-def _failure_of(step: Callable[[], object]) -> Exception | None:
-    try:
-        step()
-    except Exception as error:
-        return error
-    return None
-
-
 def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -200,7 +192,7 @@ def _together(step: Callable[[], T]) -> T:
         WeightError: another rank failed.
     """
     result: list[T] = []
-    failure = _failure_of(lambda: result.append(step()))
+    failure = failure_of(lambda: result.append(step()))
     if failure is not None:
         _reasons(str(failure))
         raise failure

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +17,9 @@ from pathlib import Path
 import openai
 import psutil
 import pytest
+
+from vllm_graft import WeightError
+from vllm_graft.train.targets import ROUTE, Server
 
 pytestmark = [pytest.mark.slow, pytest.mark.engine, pytest.mark.timeout(400)]
 
@@ -104,6 +109,10 @@ def test_openai_client_gets_a_completion_and_nothing_is_left(
         )
         assert completion.usage is not None
         assert (completion.usage.prompt_tokens, completion.usage.completion_tokens) == (3, 4)
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            urllib.request.urlopen(f"http://127.0.0.1:{port}{ROUTE}/start", b"{}")
+        with pytest.raises(WeightError, match="takes no weights.*--weight-updates"):
+            Server(f"http://127.0.0.1:{port}", None).call("start", {})
         assert listening_addresses(psutil.Process(process.pid)) == {"127.0.0.1"}
 
         family = psutil.Process(process.pid).children(recursive=True)

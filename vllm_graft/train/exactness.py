@@ -33,11 +33,12 @@ class ExactnessReport:
 
     @property
     def exact(self) -> bool:
-        """Whether every log-probability on every path was equal."""
-        return all(path.equal == path.total for path in self.paths)
+        """Whether every log-probability on every path was equal, and there were any."""
+        compared = bool(self.paths) and all(path.total for path in self.paths)
+        return compared and all(path.equal == path.total for path in self.paths)
 
     def __str__(self) -> str:
-        width = max(len(path.name) for path in self.paths)
+        width = max((len(path.name) for path in self.paths), default=0)
         lines = [f"{p.name:<{width}}  {p.equal:>6} / {p.total}" for p in self.paths]
         equal, total = sum(p.equal for p in self.paths), sum(p.total for p in self.paths)
         return "\n".join([*lines, f"{'all':<{width}}  {equal:>6} / {total}"])

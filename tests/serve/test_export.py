@@ -9,7 +9,16 @@ import sys
 import pytest
 import torch
 
-from tests.support import ROOT, engine, generate, prompts, qwen3_checkpoint, sampled_logprobs
+from tests.support import (
+    ROOT,
+    engine,
+    generate,
+    live_module,
+    prompts,
+    qwen3_checkpoint,
+    sampled_logprobs,
+)
+from tests.zoo.test_transformers import original
 from vllm_graft import TrainableLLM
 from vllm_graft.serve.registry import register
 from vllm_graft.weights.save import save_checkpoint
@@ -51,6 +60,25 @@ def test_stock_vllm_and_transformers_agree_with_the_trained_port(port, tied, tmp
         # fp32 with other kernels.
         assert (got - chosen).abs().max() < 1e-4
         assert (got - torch.tensor(sampled_logprobs(vllms))).abs().max() < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_stock_vllm_agrees_with_a_trained_transformers_port_of_experts(kind, tmp_path, monkeypatch):
+    if kind == "deepseek_v3":  # The port expands keys and values; so stock vLLM does as well.
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    original(kind).save_pretrained(tmp_path / "from")
+    register("ExportedExperts", FACTORIES["Transformers"])
+    with engine(tmp_path / "from", "ExportedExperts", dtype="float32") as llm:
+        module = live_module(llm)
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter.mul_(1.05)
+        served = generate(llm, TOKENS, max_tokens=8)
+        save_checkpoint(module, tmp_path / "from", tmp_path / "to")
+    with engine(tmp_path / "to", dtype="float32") as stock:
+        other = generate(stock, TOKENS, max_tokens=8)
+    assert [c.token_ids for c in other] == [c.token_ids for c in served]
 
 
 def test_the_command_writes_what_it_read(tmp_path):

@@ -18,6 +18,8 @@ from tests.support import (
     spread_weights,
     training_logprobs,
 )
+from vllm_graft.weights.contents import Contents
+from vllm_graft.weights.save import save_checkpoint
 
 ARCH = "AnyTransformers"
 SIZES = {
@@ -73,6 +75,7 @@ ZOO = {
         "n_routed_experts": 4,
         "n_group": 2,
         "topk_group": 1,
+        "topk_method": "noaux_tc",  # as on the hub; without it stock vLLM has no router bias
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
         "first_k_dense_replace": 1,
@@ -116,6 +119,26 @@ def test_served_and_trained_as_the_original(kind, tmp_path, monkeypatch):
         gap = _gap(module, tokens, completions)
         assert gap < 1e-4 if kind in INEXACT else gap == 0
         _check_gradients(model, module, samples)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_leave_under_the_names_of_the_checkpoint(kind, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    original(kind).save_pretrained(tmp_path / "from")
+    want = load_file(tmp_path / "from" / "model.safetensors")
+    config = AutoConfig.for_model(kind, **ZOO[kind])
+    port = vllm_graft.adapt(AutoModelForCausalLM.from_config(config))
+    port.load_weights(iter(want.items()))
+    described = Contents(port).described
+    assert described == {name: (want[name].dtype, want[name].shape) for name in described}
+    save_checkpoint(port, tmp_path / "from", tmp_path / "to")
+    got = load_file(tmp_path / "to" / "model.safetensors")
+    assert got.keys() == want.keys() == described.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "to", output_loading_info=True)
+    assert not any(info.values()), info
 
 
 def _gap(module, tokens, completions):

@@ -113,6 +113,12 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         report = load_external_weights(self.model, stream, self.names.mapping).report
         return {f"model.{name}" for name in report.loaded.values()}
 
+    def split_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take apart again what `load_weights` joins; `Contents` exports through it."""
+        return self.names.split(weights)
+
 
 def _make_exact(model: nn.Module) -> None:
     """Give GPT-2's transposed linear layers rows that do not depend on how many there are."""

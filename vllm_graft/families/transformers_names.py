@@ -38,6 +38,9 @@ class CheckpointNames:
 
     def __init__(self, model: Any) -> None:
         self._pieces = _pieces(model)
+        self._parts: dict[str, dict[int, str]] = {}
+        for name, piece in self._pieces.items():
+            self._parts.setdefault(_fused_name(name, piece), {})[piece.first] = name
         self._waiting: dict[str, dict[int, torch.Tensor]] = {}
         self.mapping = {_fused_name(n, p): _place(p) for n, p in self._pieces.items()}
 
@@ -56,6 +59,19 @@ class CheckpointNames:
             if sum(len(part) for part in parts.values()) >= piece.rows:
                 del self._waiting[key]
                 yield key, torch.cat([parts[first] for first in sorted(parts)])
+
+    def split(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The inverse of `fused`: what `mapping` exports, as the checkpoint has it."""
+        for key, tensor in weights:
+            parts = self._parts[key]
+            if list(parts.values()) == [key]:
+                yield key, tensor
+                continue
+            firsts = sorted(parts)
+            for first, end in zip(firsts, [*firsts[1:], len(tensor)], strict=True):
+                yield parts[first], tensor[first:end]
 
 
 def _fused_name(name: str, piece: Piece) -> str:

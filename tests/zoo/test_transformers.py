@@ -75,7 +75,9 @@ ZOO = {
         "n_routed_experts": 4,
         "n_group": 2,
         "topk_group": 1,
-        "topk_method": "noaux_tc",  # as on the hub; without it stock vLLM has no router bias
+        # Stock vLLM reads these two; Transformers knows only them.
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
         "first_k_dense_replace": 1,

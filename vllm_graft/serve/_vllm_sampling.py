@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -53,6 +54,67 @@ def logprobs_kernel(
         return out
 
     return kernel
+
+
+Processor = Callable[[torch.Tensor, Sequence[SampledRow]], torch.Tensor]
+"""The model's logits `[C, V]` to those that vLLM samples from, float32, without gradient."""
+
+
+def logits_processor(vllm_config: Any) -> Processor:
+    """The code by which the engine's sampler applies sampling parameters.
+
+    Model runner V2 has kernels of its own, which round otherwise. `processed_logits` can go with
+    the runner that it belongs to, which 0.32 still has.
+    """
+    if samples_in_float32(vllm_config):
+        return partial(_processed_by_v2, vllm_config)
+    return processed_logits
+
+
+def _processed_by_v2(
+    vllm_config: Any, logits: torch.Tensor, rows: Sequence[SampledRow]
+) -> torch.Tensor:
+    """`processed_logits` by model runner V2: every row is a request of its own.
+
+    Relies on `RequestState`, `Sampler` and its `apply_sampling_params` as they are in 0.31 and
+    0.32.
+    """
+    from vllm.v1.worker.gpu.sample.sampler import Sampler
+    from vllm.v1.worker.gpu.states import RequestState
+
+    (count, vocab_size), device = logits.shape, logits.device
+    lengths = torch.tensor([len(row.prompt) + len(row.before) for row in rows])
+    longest = int(lengths.max())
+    requests = RequestState(count, longest, longest, 0, vocab_size, device)
+    sampler = Sampler(vllm_config, count, vocab_size, device, requests)
+    slots = torch.tensor([_add_row(requests, sampler, row) for row in rows], dtype=torch.int32)
+    requests.apply_staged_writes()
+    sampler.apply_staged_writes()
+    on_device, no_drafts = slots.to(device), torch.zeros_like(slots, device=device)
+    positions = (lengths - 1).to(device)
+    out = sampler.apply_sampling_params(
+        logits.detach(),
+        on_device,
+        on_device,
+        slots.numpy(),
+        positions,
+        no_drafts,
+        no_drafts,
+        lengths.numpy(),
+    )
+    if device.type != "cpu":
+        # The kernels read the requests from host memory, which goes with them.
+        torch.accelerator.current_stream(device).synchronize()
+    return out.float()
+
+
+def _add_row(requests: Any, sampler: Any, row: SampledRow) -> int:
+    """A request that is about to sample the row's token; its slot."""
+    name = str(requests.num_reqs)
+    requests.add_request(name, len(row.prompt), [*row.prompt, *row.before], 0, 1)
+    slot: int = requests.req_id_to_index[name]
+    sampler.add_request(slot, row.params)
+    return slot
 
 
 def processed_logits(logits: torch.Tensor, rows: Sequence[SampledRow]) -> torch.Tensor:

@@ -7,7 +7,12 @@ from typing import Any
 
 import torch
 
-from vllm_graft.serve._vllm_sampling import SampledRow, logprobs_kernel, processed_logits
+from vllm_graft.serve._vllm_sampling import (
+    Processor,
+    SampledRow,
+    logits_processor,
+    logprobs_kernel,
+)
 from vllm_graft.train.logprobs import Process, Row, token_logprobs
 from vllm_graft.train.sampling import refuse_unsupported, with_gradient
 
@@ -26,6 +31,7 @@ class Scorer:
         model_config = vllm_config.model_config
         self._adapter = adapter
         self._kernel = logprobs_kernel(vllm_config)
+        self._processor = logits_processor(vllm_config)
         self._vocab_size = model_config.get_vocab_size()
         self._max_len = model_config.max_model_len
         self._mode = model_config.logprobs_mode
@@ -44,7 +50,8 @@ class Scorer:
             return []
         process = None
         if self._mode == "processed_logprobs":
-            process = _process(sequences, prompt_lens, _one_each(sampling_params, len(sequences)))
+            params = _one_each(sampling_params, len(sequences))
+            process = _process(sequences, prompt_lens, params, self._processor)
         device = next(self._adapter.model.parameters()).device
         scored = token_logprobs(
             self._adapter.training_hidden,
@@ -94,7 +101,10 @@ def _one_each(sampling_params: Any, count: int) -> list[Any]:
 
 
 def _process(
-    sequences: Sequence[Sequence[int]], prompt_lens: Sequence[int], params: list[Any]
+    sequences: Sequence[Sequence[int]],
+    prompt_lens: Sequence[int],
+    params: list[Any],
+    processor: Processor,
 ) -> Process:
     for each in params:
         refuse_unsupported(each)
@@ -109,7 +119,7 @@ def _process(
             for row in rows
         ]
         seen = [[*row.prompt, *row.before] for row in sampled]
-        values = processed_logits(logits, sampled)
+        values = processor(logits, sampled)
         return with_gradient(logits, values, [row.params for row in sampled], seen)
 
     return process

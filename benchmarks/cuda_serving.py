@@ -6,9 +6,11 @@
 
 Weights are random. `speed` pairs four engines, each in a process of its own, in
 interleaved rounds: Graft, Graft under `VLLM_BATCH_INVARIANT=1`, vLLM's own model
-and vLLM's Transformers backend; `--shape 8b --dummy` is Qwen3-8B. `exact` runs
-`verify_exactness` under `VLLM_BATCH_INVARIANT=1`. `step` times token_logprobs,
-backward and AdamW on the served module. The last line is one JSON object.
+and vLLM's Transformers backend; `--shape 8b --dummy` is Qwen3-8B, and `--profile`
+adds the kernels of a decode step. An engine that does not start is left out. `exact`
+runs `verify_exactness` under `VLLM_BATCH_INVARIANT=1`. `step` times token_logprobs,
+backward and AdamW on the served module. Every result is printed when it is there, and
+`--json` holds what there is so far.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +36,8 @@ GRAPHS = {
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "inductor": {},
 }
+KV_BYTES = 4 << 30
+"""Memory of a cache. Engines that start together on one card cannot measure what is free."""
 SHAPE_8B = {
     "model_type": "qwen3",
     "use_sliding_window": False,
@@ -71,25 +76,58 @@ def speed(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
         "model": checkpoint,
         "dtype": "bfloat16",
         "max_model_len": args.prompt_len + args.output_len,
+        "max_num_seqs": max(args.batch_sizes),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.2,
+        "kv_cache_memory_bytes": KV_BYTES,
         **({"load_format": "dummy"} if args.dummy else {}),
         **GRAPHS[args.graphs],
     }
     found: dict[str, Any] = {"settings": engine, "prompt_len": args.prompt_len}
     with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
-        workers = {}
-        for entrant in chosen(engine, args.only.split(","), Path(cache)):
-            worker = stack.enter_context(Worker(entrant, args.logs / f"{entrant.name}.log"))
-            print(entrant.name, "started in", *worker.start(), flush=True)
-            workers[entrant.name] = worker
+        entrants = chosen(engine, args.only.split(","), Path(cache))
+        workers = {e.name: stack.enter_context(Worker(e, log_of(e, args))) for e in entrants}
+        workers = started(workers)
         for batch_size in args.batch_sizes:
             workload = Workload(
                 batch_size=batch_size, prompt_len=args.prompt_len, output_len=args.output_len
             )
-            found[f"batch {batch_size}"] = interleaved(workers, workload)
+            tell(found, f"batch {batch_size}", interleaved(workers, workload), args)
+            if args.profile:
+                kernels = {name: worker.kernels(workload) for name, worker in workers.items()}
+                tell(found, f"kernels, batch {batch_size}", kernels, args)
     return found
+
+
+def log_of(entrant: Any, args: argparse.Namespace) -> Path:
+    """Where a contender's process prints."""
+    log: Path = args.logs / f"{entrant.name}.log"
+    return log
+
+
+def started(workers: dict[str, Any]) -> dict[str, Any]:
+    """Those whose engine could be built. All start at once: compiling runs on one core each."""
+    from vllm_graft.bench.process import WorkerError
+
+    able = {}
+    with ThreadPoolExecutor(len(workers)) as pool:
+        starts = {name: pool.submit(worker.start) for name, worker in workers.items()}
+        for name, start in starts.items():
+            try:
+                print(name, "started in", *start.result(), flush=True)
+                able[name] = workers[name]
+            except WorkerError as error:
+                print(name, "did not start:", error, flush=True)
+    return able
+
+
+def tell(found: dict[str, Any], name: str, result: Any, args: argparse.Namespace) -> None:
+    """Print a result and keep it: a run that is stopped has lost nothing that was measured."""
+    found[name] = result
+    print(json.dumps({name: result}), flush=True)
+    if args.json:
+        args.json.write_text(json.dumps(found))
 
 
 def chosen(engine: dict[str, Any], names: list[str], cache: Path) -> list[Any]:
@@ -131,9 +169,12 @@ def trainable(checkpoint: str, args: argparse.Namespace) -> Any:
         checkpoint,
         factory=FACTORY,
         dtype="bfloat16",
-        max_model_len=1024,
-        gpu_memory_utilization=0.5,
+        max_model_len=1280,
+        gpu_memory_utilization=0.2,
+        kv_cache_memory_bytes=KV_BYTES,
         skip_tokenizer_init=True,
+        logprobs_mode=args.logprobs_mode,
+        **({"load_format": "dummy"} if args.dummy else {}),
         **GRAPHS[args.graphs],
     )
 
@@ -185,11 +226,14 @@ def main() -> None:
     parser.add_argument("--shape", default="0.5b", help="0.5b, tiny or 8b")
     parser.add_argument("--checkpoint", type=Path, help="made here if it does not exist")
     parser.add_argument("--graphs", choices=tuple(GRAPHS), default="graphs")
+    parser.add_argument("--logprobs-mode", default="raw_logprobs", help="of exact and step")
     parser.add_argument("--only", default="graft,graft-exact,vllm,transformers")
     parser.add_argument("--dummy", action="store_true", help="engines make their own weights")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--profile", action="store_true", help="kernels of a decode step too")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))
     args = parser.parse_args()
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
@@ -201,7 +245,8 @@ def main() -> None:
             write(args.shape, folder)
         found = globals()[args.what](str(folder), args)
     found |= {"graphs": args.graphs, "shape": args.shape, "torch": torch.__version__}
-    found["card"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    tell(found, "card", card, args)
     print(json.dumps(found))
 
 

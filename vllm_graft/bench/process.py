@@ -93,6 +93,16 @@ class Worker:
         )
         return float(reply["python_us"])
 
+    def kernels(self, workload: Workload) -> list[tuple[str, float, float]]:
+        """What ran on the card in a decode step: names, how many, microseconds."""
+        reply = self._ask(
+            do="kernels",
+            batch_size=workload.batch_size,
+            prompt_len=workload.prompt_len,
+            output_len=workload.output_len,
+        )
+        return [tuple(kernel) for kernel in reply["kernels"]]
+
     def _ask(self, **command: Any) -> dict[str, Any]:
         assert self._process.stdin is not None and self._process.stdout is not None  # noqa: S101
         try:

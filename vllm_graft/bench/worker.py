@@ -1,8 +1,8 @@
 """The child process of one contender: reads JSON commands, answers in JSON lines.
 
 Commands come on stdin: `{"do": "start", "llm": {...}}`, `{"do": "round", "seed": 1, ...}`,
-`{"do": "memory"}`, `{"do": "python"}`; the end of stdin ends the process. What libraries
-print goes to stderr.
+`{"do": "memory"}`, `{"do": "python"}`, `{"do": "kernels", ...}`; the end of stdin ends the
+process. What libraries print goes to stderr.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import time
 from typing import Any
 
 from vllm_graft.bench.machine import OtherLoad, rss_gib
+
+_NAME = 100
+"""So much of the name of a kernel says which it is."""
 
 
 class Engine:
@@ -57,6 +60,24 @@ class Engine:
         vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
         prompts = random_prompts(0, 1, prompt_len, vocabulary)
         return {"python_us": python_us(self.llm, lambda: self._generate(prompts, output_len))}
+
+    def kernels(self, batch_size: int, prompt_len: int, output_len: int) -> dict[str, Any]:
+        """Kernels on the card per decode step: names, how many, microseconds; slowest first.
+
+        The prefill before the steps is counted among them.
+        """
+        from torch.profiler import profile
+
+        vocabulary = self.llm.llm_engine.model_config.get_vocab_size()
+        prompts = random_prompts(0, batch_size, prompt_len, vocabulary)
+        with profile() as recorded:
+            self._generate(prompts, output_len)
+        found = [
+            (event.key[:_NAME], event.count / output_len, event.self_device_time_total / output_len)
+            for event in recorded.key_averages()
+            if event.device_type.name == "CUDA"
+        ]
+        return {"kernels": sorted(found, key=lambda kernel: -kernel[2])}
 
     def _generate(self, prompts: list[list[int]], output_len: int) -> tuple[float, list[list[int]]]:
         from vllm import SamplingParams

@@ -92,7 +92,7 @@ def _processed_by_v2(
     sampler.apply_staged_writes()
     on_device, no_drafts = slots.to(device), torch.zeros_like(slots, device=device)
     positions = (lengths - 1).to(device)
-    out = sampler.apply_sampling_params(
+    out: torch.Tensor = sampler.apply_sampling_params(
         logits.detach(),
         on_device,
         on_device,

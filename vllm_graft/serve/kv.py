@@ -50,8 +50,7 @@ class PagedAttention:
             return q_TNH + (k_TKH + v_TKH).repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], 1)
         if sinks_N is not None:
             _vllm.set_sinks(self.layer, sinks_N)
-        flat = (x.flatten(1).contiguous() for x in (q_TNH, k_TKH, v_TKH))
-        out: torch.Tensor = self.layer(*flat)
+        out: torch.Tensor = self.layer(*map(_rows, (q_TNH, k_TKH, v_TKH)))
         return out.view(q_TNH.shape)
 
     def _count_call(self) -> None:
@@ -64,6 +63,12 @@ class PagedAttention:
                 "cache of its own: build one attention module per use (their projections may "
                 "share weights)"
             )
+
+
+def _rows(x_TNH: torch.Tensor) -> torch.Tensor:
+    """`[T, N * H]`, each row in one piece; a part of a joined product is not copied."""
+    rows = x_TNH.flatten(1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 class PagedLatent(PagedAttention):

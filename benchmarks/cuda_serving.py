@@ -36,8 +36,8 @@ GRAPHS = {
     "graphs": {"compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"}},
     "inductor": {},
 }
-KV_BYTES = 4 << 30
-"""Memory of a cache. Engines that start together on one card cannot measure what is free."""
+SETTLE_S = 0.2
+"""Pause before a round, in which what the one before has left behind comes to rest."""
 SHAPE_8B = {
     "model_type": "qwen3",
     "use_sliding_window": False,
@@ -70,17 +70,15 @@ def write(shape: str, folder: Path) -> None:
 def speed(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     """Prefill and decode of all contenders, in turns, for every batch size."""
     from vllm_graft.bench.process import Worker
-    from vllm_graft.bench.spec import Workload
 
     engine = {
         "model": checkpoint,
         "dtype": "bfloat16",
         "max_model_len": args.prompt_len + args.output_len,
-        "max_num_seqs": max(args.batch_sizes),
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
         "gpu_memory_utilization": 0.2,
-        "kv_cache_memory_bytes": KV_BYTES,
+        "kv_cache_memory_bytes": args.kv_gib << 30,
         **({"load_format": "dummy"} if args.dummy else {}),
         **GRAPHS[args.graphs],
     }
@@ -88,16 +86,25 @@ def speed(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
         entrants = chosen(engine, args.only.split(","), Path(cache))
         workers = {e.name: stack.enter_context(Worker(e, log_of(e, args))) for e in entrants}
-        workers = started(workers)
-        for batch_size in args.batch_sizes:
-            workload = Workload(
-                batch_size=batch_size, prompt_len=args.prompt_len, output_len=args.output_len
-            )
-            tell(found, f"batch {batch_size}", interleaved(workers, workload), args)
-            if args.profile:
-                kernels = {name: worker.kernels(workload) for name, worker in workers.items()}
-                tell(found, f"kernels, batch {batch_size}", kernels, args)
+        measure(started(workers), args, found)
     return found
+
+
+def measure(workers: dict[str, Any], args: argparse.Namespace, found: dict[str, Any]) -> None:
+    """Rounds, and kernels where asked for, of every batch size."""
+    from vllm_graft.bench.spec import Workload
+
+    for batch_size in args.batch_sizes:
+        workload = Workload(
+            batch_size=batch_size,
+            prompt_len=args.prompt_len,
+            output_len=args.output_len,
+            rounds=args.rounds,
+        )
+        tell(found, f"batch {batch_size}", interleaved(workers, workload), args)
+        if args.profile:
+            kernels = {name: worker.kernels(workload) for name, worker in workers.items()}
+            tell(found, f"kernels, batch {batch_size}", kernels, args)
 
 
 def log_of(entrant: Any, args: argparse.Namespace) -> Path:
@@ -145,20 +152,28 @@ def chosen(engine: dict[str, Any], names: list[str], cache: Path) -> list[Any]:
 
 
 def interleaved(workers: dict[str, Any], workload: Any) -> dict[str, Any]:
-    """Medians over rounds in turns, after one round that does not count."""
-    rounds: dict[str, list[Any]] = {name: [] for name in workers}
+    """Milliseconds over rounds in turns, after one that does not count; see `summary`."""
+    names = list(workers)
+    rounds: dict[str, list[Any]] = {name: [] for name in names}
     for seed in range(workload.rounds + 1):
-        for name, worker in workers.items():
-            rounds[name].append(worker.round(workload, seed))
-    return {
-        name: {
-            "prefill_ms": 1e3 * statistics.median(one.prefill_s for one in measured[1:]),
-            "decode_step_ms": 1e3
-            * statistics.median(one.total_s - one.prefill_s for one in measured[1:])
-            / (workload.output_len - 1),
-        }
-        for name, measured in rounds.items()
-    }
+        first = seed % len(names)
+        for name in names[first:] + names[:first]:
+            time.sleep(SETTLE_S)
+            measured = workers[name].round(workload, seed)
+            if seed:
+                decode_s = measured.total_s - measured.prefill_s
+                step_s = decode_s / (workload.output_len - 1)
+                rounds[name].append([1e3 * measured.prefill_s, 1e3 * step_s])
+    return {name: summary(rounds[name], rounds[names[0]]) for name in names}
+
+
+def summary(rounds: list[list[float]], of_first: list[list[float]]) -> dict[str, Any]:
+    """Medians, those of the ratios to the first contender's in the same round, and all rounds."""
+    pairs = zip(rounds, of_first, strict=True)
+    ratios = [[mine / other for mine, other in zip(*pair, strict=True)] for pair in pairs]
+    prefill, step = map(statistics.median, zip(*rounds, strict=True))
+    over = [statistics.median(column) for column in zip(*ratios, strict=True)]
+    return {"prefill_ms": prefill, "decode_step_ms": step, "over first": over, "rounds": rounds}
 
 
 def trainable(checkpoint: str, args: argparse.Namespace) -> Any:
@@ -171,7 +186,7 @@ def trainable(checkpoint: str, args: argparse.Namespace) -> Any:
         dtype="bfloat16",
         max_model_len=1280,
         gpu_memory_utilization=0.2,
-        kv_cache_memory_bytes=KV_BYTES,
+        kv_cache_memory_bytes=args.kv_gib << 30,
         skip_tokenizer_init=True,
         logprobs_mode=args.logprobs_mode,
         **({"load_format": "dummy"} if args.dummy else {}),
@@ -232,6 +247,9 @@ def main() -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--prompt-len", type=int, default=512)
     parser.add_argument("--output-len", type=int, default=128)
+    # Engines that start together on one card cannot measure what is free.
+    parser.add_argument("--kv-gib", type=int, default=4, help="memory of each engine's cache")
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--profile", action="store_true", help="kernels of a decode step too")
     parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--logs", type=Path, default=Path(tempfile.gettempdir()))

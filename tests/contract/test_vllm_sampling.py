@@ -18,7 +18,9 @@ import vllm.v1.worker.cpu.shm  # host memory in place of a card's
 import torch
 from types import SimpleNamespace
 from vllm import SamplingParams
-from vllm_graft.serve._vllm_sampling import SampledRow, logits_processor, processed_logits
+from vllm_graft.serve._vllm_sampling import (
+    SampledRow, cut_alike_in_any_batch, logits_processor, processed_logits
+)
 
 everything = dict(
     temperature=0.8, top_k=40, top_p=0.95, min_p=0.001, presence_penalty=0.1,
@@ -41,6 +43,14 @@ narrow = logits.detach()[-1:].bfloat16()
 assert torch.equal(logits_processor(config)(narrow, rows[-1:]), narrow.float())
 assert logits_processor(SimpleNamespace(use_v2_model_runner=False)) is processed_logits
 print("equal", len(rows))
+
+from vllm.v1.sample.ops import topk_topp_triton as ops
+assert ops._SPLIT_MAX_BATCH > 1
+for mode, two_kernels in (("raw_logprobs", True), ("processed_logprobs", False)):
+    config.model_config = SimpleNamespace(logprobs_mode=mode)
+    cut_alike_in_any_batch(config)
+    assert (ops._SPLIT_MAX_BATCH > 0) == two_kernels
+print("cut alike", open(ops.__file__).read().count("batch_size <= _SPLIT_MAX_BATCH"))
 """
 
 
@@ -52,3 +62,5 @@ def test_runner_v2_processes_logits_as_the_other_sampler_does():
     """A row for each parameter, one for all of them, one greedy, one without a token before it."""
     result = python(_COMPARE)
     assert "equal 12" in result.stdout, result.stderr
+    # A warm-up, what it compiles, and the choice itself.
+    assert "cut alike 3" in result.stdout, result.stderr

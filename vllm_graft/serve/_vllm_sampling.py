@@ -33,6 +33,21 @@ def samples_in_float32(vllm_config: Any) -> bool:
     return bool(getattr(vllm_config, "use_v2_model_runner", False))
 
 
+def cut_alike_in_any_batch(vllm_config: Any) -> None:
+    """Let top-p keep the same tokens of a row in any batch, where log-probs depend on it.
+
+    Relies on `_SPLIT_MAX_BATCH` of 0.31 and 0.32: batches up to it are cut by another kernel than
+    larger ones, which adds probabilities up in parts of a size that follows from the batch. Holds
+    for the rest of the process.
+    """
+    processed = vllm_config.model_config.logprobs_mode == "processed_logprobs"
+    if not (processed and samples_in_float32(vllm_config)):
+        return
+    from vllm.v1.sample.ops import topk_topp_triton
+
+    topk_topp_triton._SPLIT_MAX_BATCH = 0
+
+
 def logprobs_kernel(
     vllm_config: Any,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None:

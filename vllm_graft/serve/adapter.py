@@ -66,6 +66,8 @@ class GraftForCausalLM(nn.Module):
         self._vocab_size = vllm_config.model_config.get_vocab_size()
         exact = _vllm.serves_exactly(vllm_config)
         self._float32_logits = exact and _vllm_sampling.samples_in_float32(vllm_config)
+        if exact:
+            _vllm_sampling.cut_alike_in_any_batch(vllm_config)
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)

@@ -90,7 +90,8 @@ PAIRS: dict[str, Callable[[ParallelContext], Pair]] = {
 @pytest.fixture(scope="module", params=PAIRS)
 def pair(request, distributed_setup):
     _, world_size = distributed_setup
-    return PAIRS[request.param](ParallelContext(tensor_model_parallel_size=world_size))
+    with torch.device(local_device()):  # as vLLM calls a factory
+        return PAIRS[request.param](ParallelContext(tensor_model_parallel_size=world_size))
 
 
 def test_each_rank_holds_its_share(distributed_setup, pair):
@@ -102,7 +103,7 @@ def test_each_rank_holds_its_share(distributed_setup, pair):
 
 
 def test_logits_and_gradients_are_those_of_the_whole_model(pair):
-    tokens = torch.arange(60)[None] * 7 % 512
+    tokens = torch.arange(60, device=local_device())[None] * 7 % 512
     want, got = pair.logits(tokens), pair.model.compute_logits(pair.model(tokens))
     # fp32 through three layers; other kernels and, on several ranks, partial sums.
     assert relative_error(got, want) < 1e-5

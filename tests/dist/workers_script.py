@@ -22,10 +22,10 @@ def main() -> None:
         overrides = {"hf_overrides": {"architectures": [arch]}}
     from vllm import LLM
 
+    options = {"dtype": "float32", **overrides, **json.loads(options)}
     llm = LLM(
-        checkpoint, dtype="float32", max_model_len=512, skip_tokenizer_init=True,
-        disable_log_stats=True, **overrides, **json.loads(options),
-    )  # fmt: skip
+        checkpoint, max_model_len=512, skip_tokenizer_init=True, disable_log_stats=True, **options
+    )
     made = generate(llm, json.loads(prompts), max_tokens=16)
     print("TOKENS", json.dumps([list(c.token_ids) for c in made]), flush=True)
 

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.unit.test_moe import DIM, EXPERTS, TOP_K, corrected
 from vllm_graft import ParallelContext
 from vllm_graft.families.torchtitan_ep import check_expert_parallel, divide_experts
+from vllm_graft.families.torchtitan_tp import TitanParallel
 
 STACK = "routed_experts.inner_experts"
 
@@ -96,3 +99,14 @@ def test_configs_for_torchtitans_own_dispatchers_are_refused(size):
         check_expert_parallel(moe, context(expert_parallel_size=size))
     # One rank has all tokens and all experts, whatever the configs say.
     check_expert_parallel(moe, ParallelContext())
+
+
+@pytest.mark.parametrize("beside", ["data_parallel_size", "pipeline_model_parallel_size"])
+def test_processes_beside_the_tensor_parallel_ranks_are_refused(beside):
+    """TorchTitan's mesh would hold the first ranks of the world, whoever asks."""
+    dist.init_process_group("fake", store=FakeStore(), rank=2, world_size=4)
+    try:
+        with pytest.raises(ValueError, match="and .*, 4 processes in one world: TorchTitan"):
+            TitanParallel(corrected(), context(expert_parallel_size=1, **{beside: 2}))
+    finally:
+        dist.destroy_process_group()

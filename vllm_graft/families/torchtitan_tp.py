@@ -32,7 +32,8 @@ class TitanParallel:
         parallel_context: vLLM's, from the factory; None for one rank.
 
     Raises:
-        ValueError: heads or experts that the ranks cannot share, or pipeline stages.
+        ValueError: heads or experts that the ranks cannot share, or processes beside the
+            tensor-parallel ranks (pipeline stages, data-parallel replicas with experts).
     """
 
     def __init__(self, model: nn.Module, parallel_context: Any) -> None:
@@ -41,7 +42,6 @@ class TitanParallel:
             return
         check_expert_parallel(model, parallel_context)
         if parallel_context.get_tensor_parallel_world_size() > 1:
-            _check_one_stage(parallel_context)
             self._mesh = _parallelize(model, parallel_context)
 
     @contextmanager
@@ -67,19 +67,26 @@ class TitanParallel:
         return whole
 
 
-def _check_one_stage(parallel_context: Any) -> None:
+def _check_whole_world(parallel_context: Any) -> None:
+    """TorchTitan makes its meshes of all processes, so these must be the tensor-parallel ranks."""
+    size = parallel_context.get_tensor_parallel_world_size()
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if size == world:
+        return
     stages = parallel_context.get_pipeline_parallel_world_size()
-    if stages > 1:
-        size = parallel_context.get_tensor_parallel_world_size()
-        raise ValueError(
-            f"tensor_parallel_size={size} with pipeline_parallel_size={stages}: TorchTitan's "
-            "sharding is laid over all processes, which stages would divide; set one of them to 1"
-        )
+    replicas = parallel_context.get_data_parallel_size()
+    raise ValueError(
+        f"tensor_parallel_size={size} with pipeline_parallel_size={stages} and data_parallel_size="
+        f"{replicas}, {world} processes in one world: TorchTitan's sharding is laid over all of "
+        "them, which stages, and replicas of a model with experts, would divide; use "
+        "tensor_parallel_size alone"
+    )
 
 
 def _parallelize(model: Any, parallel_context: Any) -> Any:
     tp_size = parallel_context.get_tensor_parallel_world_size()
     shard_attention(model, tp_size)
+    _check_whole_world(parallel_context)
     use_this_device()
     from torchtitan.distributed.parallel_dims import ParallelDims
     from torchtitan.distributed.spmd_types import set_current_spmd_mesh, set_spmd_meshes

@@ -24,6 +24,7 @@ MAKE = {
 MAX_TOKENS = {"qwen3": 40, "qwen3_moe": 40, "deepseek_v3": 8}
 """The latent kernel is slow."""
 LIMIT_S = 900
+PATHS = 12
 PROMPTS = 10
 MAX_LEN = 512
 PROMPT_TOKENS = 767 - 1
@@ -60,7 +61,7 @@ def run(family, checkpoint, tmp_path, *, threads=2, ranks=1, **options):
     for one in seen:
         # vLLM turns these off for MLA where the processor has no AMX.
         assert not one["without"] or (family == "deepseek_v3" and not _has_amx())
-        count = 10 - len(one["without"])
+        count = PATHS - len(one["without"])
         assert len(one["paths"]) == count
         assert [p for p in one["paths"] if p[1] != p[2]] == []
         scored = PROMPT_TOKENS + MAX_LEN - tokens

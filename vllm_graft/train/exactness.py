@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from vllm_graft.serve import _vllm_engine
 
@@ -67,10 +71,11 @@ def verify_exactness(
     """
     chosen = _random_prompts(llm, max_tokens) if prompts is None else [list(p) for p in prompts]
     paths = []
-    for path in _walk(llm, chosen, max_tokens):
-        paths.append(path)
-        if show:
-            print(f"{path.name:<40} {path.equal:>6} / {path.total}", flush=True)  # noqa: T201
+    with torch.no_grad():
+        for path in _walk(llm, chosen, max_tokens):
+            paths.append(path)
+            if show:
+                print(f"{path.name:<40} {path.equal:>6} / {path.total}", flush=True)  # noqa: T201
     return ExactnessReport(tuple(paths))
 
 
@@ -120,6 +125,31 @@ def _walk(llm: Any, prompts: list[list[int]], max_tokens: int) -> Iterator[Path]
     yield _count(llm, "trainer, one by one", *[[each] for each in together])
     with torch.autocast(next(llm.model.parameters()).device.type, dtype=torch.bfloat16):
         yield _count(llm, "trainer under autocast", together)
+    with torch.enable_grad():
+        yield _count(llm, "trainer with gradients", together)
+        with _recomputing(llm.model):
+            yield _count(llm, "trainer, activation checkpointing", together)
+
+
+@contextmanager
+def _recomputing(model: nn.Module) -> Iterator[None]:
+    """Activation checkpointing of every layer in the block, as trainers wrap them."""
+    stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
+    layers = {layer for stack in stacks for layer in stack.children()}
+    with ExitStack() as stack:
+        for layer in layers:
+            own, mine = vars(layer).get("forward"), layer.forward
+            layer.forward = partial(checkpoint, mine, use_reentrant=False)  # type: ignore[method-assign]
+            stack.callback(_restore, layer, own)
+        yield
+
+
+def _restore(layer: nn.Module, own: Any) -> None:
+    """Give a layer its forward back: its class's, where `own` is None."""
+    if own is None:
+        del layer.forward
+    else:
+        layer.forward = own  # type: ignore[method-assign]
 
 
 _SAMPLING: dict[str, Any] = {
@@ -162,12 +192,11 @@ def _count(llm: Any, name: str, *groups: list[_Served]) -> Path:
     """Equal log-probabilities; each group is one packed training batch."""
     pairs: list[tuple[float, float]] = []
     for group in groups:
-        with torch.no_grad():
-            trained = llm.token_logprobs(
-                [each.tokens for each in group],
-                [each.scored_from for each in group],
-                [each.params for each in group],
-            )
+        trained = llm.token_logprobs(
+            [each.tokens for each in group],
+            [each.scored_from for each in group],
+            [each.params for each in group],
+        )
         for each, logprobs in zip(group, trained, strict=True):
             pairs += zip(each.logprobs, logprobs.tolist(), strict=True)
     return Path(name, sum(a == b for a, b in pairs), len(pairs))

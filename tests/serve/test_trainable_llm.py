@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import shutil
 from contextlib import contextmanager
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import vllm_graft
 from examples.custom_models.qwen3_torchtitan import build_qwen3_torchtitan
+from tests.serve.test_cli_serve import with_tokenizer
 from tests.support import generate, prompts, qwen3_checkpoint, sampled_logprobs
 
 pytestmark = pytest.mark.engine
@@ -227,6 +229,11 @@ def test_a_factory_or_an_architecture_is_needed(checkpoint):
         vllm_graft.TrainableLLM(str(checkpoint))
 
 
+def test_sleep_mode_is_refused(checkpoint):
+    with pytest.raises(ValueError, match="enable_sleep_mode=True: a sleeping engine gives back"):
+        vllm_graft.TrainableLLM(str(checkpoint), factory=FACTORY, enable_sleep_mode=True)
+
+
 def test_ranks_need_torchrun(checkpoint):
     with pytest.raises(ValueError, match="torchrun --nproc-per-node 2"):
         vllm_graft.TrainableLLM(
@@ -239,3 +246,26 @@ def test_stages_are_refused(checkpoint):
         vllm_graft.TrainableLLM(
             str(checkpoint), factory=build_qwen3_torchtitan, pipeline_parallel_size=2
         )
+
+
+def test_chat_and_beam_search_are_vllms(checkpoint, tmp_path):
+    from vllm.sampling_params import BeamSearchParams, SamplingParams
+
+    folder = with_tokenizer(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
+    with trainable(folder, skip_tokenizer_init=False) as llm:
+        greedy = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+        template = "{{ messages[0]['content'] }}"
+        message = [{"role": "user", "content": "w3 w5 w7"}]
+        for _ in range(2):
+            [said] = llm.chat(message, greedy, chat_template=template, use_tqdm=False)
+            [made] = llm.generate(["w3 w5 w7"], greedy, use_tqdm=False)
+            assert said.outputs[0].token_ids == made.outputs[0].token_ids
+            beams = BeamSearchParams(beam_width=2, max_tokens=8, ignore_eos=True)
+            [found] = llm.beam_search([{"prompt": "w3 w5 w7"}], beams)
+            best, second = found.sequences
+            tokens = [best.tokens, second.tokens]
+            scored = llm.token_logprobs(tokens, [len(made.prompt_token_ids)] * 2)
+            sums = [best.cum_logprob, second.cum_logprob]
+            # Float32 numbers, added up in Python's order.
+            assert [float(sum(s.tolist())) for s in scored] == pytest.approx(sums, abs=1e-5)
+            in_place(llm)

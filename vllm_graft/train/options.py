@@ -28,7 +28,7 @@ def engine_options(
             "TrainableLLM needs the model's factory (factory='module:attr' or a callable) or the "
             "name of a registered architecture (arch='...')"
         )
-    _refuse_conversion(options)
+    _refuse(options)
     if exact and not can_be_exact():
         raise ValueError(
             "TrainableLLM with exact=True: on a card, products give a token the same bits in every "
@@ -50,13 +50,25 @@ def engine_options(
     }
 
 
-def _refuse_conversion(options: dict[str, Any]) -> None:
-    for name in ("quantization", "enable_lora"):
+_ANOTHER_FORM = (
+    "the engine would hold the weights in another form than the trainer's; leave it out, or serve "
+    "with vllm.LLM"
+)
+_REFUSED = {
+    "quantization": _ANOTHER_FORM,
+    "enable_lora": _ANOTHER_FORM,
+    "enable_sleep_mode": (
+        "a sleeping engine gives back the memory of its weights, which are the trainer's; leave it "
+        "out, and size the KV cache by gpu_memory_utilization"
+    ),
+}
+"""Options of `vllm.LLM`, and why a live module does not go with them."""
+
+
+def _refuse(options: dict[str, Any]) -> None:
+    for name, reason in _REFUSED.items():
         if options.get(name):
-            raise ValueError(
-                f"TrainableLLM with {name}={options[name]!r}: the engine would hold the weights "
-                "in another form than the trainer's; leave it out, or serve with vllm.LLM"
-            )
+            raise ValueError(f"TrainableLLM with {name}={options[name]!r}: {reason}")
 
 
 def _name_for(factory: Callable[..., nn.Module] | str) -> str:

@@ -72,11 +72,13 @@ def tokens(client: openai.OpenAI, max_tokens: int = 16) -> list[list[int]]:
     return [choice.token_ids for choice in made.choices]
 
 
-def test_fsdp_ranks_push_into_a_server(server, checkpoint, wanted, monkeypatch):
+@pytest.mark.parametrize("kind", ["fsdp", "tensor_parallel"])
+def test_ranks_push_into_a_server(kind, server, checkpoint, wanted, monkeypatch):
     url, client = server
+    push_weights(trainer(checkpoint, seed=9), url, api_key=KEY)
     old = tokens(client)
     monkeypatch.setenv("VLLM_API_KEY", KEY)
-    said = torchrun(2, "tests.serve.push_worker", str(checkpoint), url)
+    said = torchrun(2, "tests.serve.push_worker", kind, str(checkpoint), url)
     assert tokens(client) == wanted != old
     assert "RANK 1 NaN or infinite values in model.tok_embeddings.weight" in said
     assert "RANK 0 rank 1: NaN or infinite values in model.tok_embeddings.weight" in said
@@ -121,7 +123,7 @@ def test_a_killed_sender_leaves_no_segment_and_the_next_push_takes_over(
     url, client = server
     monkeypatch.setenv("VLLM_API_KEY", KEY)
     with pytest.raises(AssertionError):
-        torchrun(2, "tests.serve.push_worker", str(checkpoint), url, "15")
+        torchrun(2, "tests.serve.push_worker", "fsdp", str(checkpoint), url, "15")
     deadline = time.monotonic() + 20
     while segments() and time.monotonic() < deadline:
         time.sleep(0.2)

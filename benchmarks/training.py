@@ -1,7 +1,7 @@
 """What training on the served module costs: memory and time.
 
     PYTHONPATH=. python benchmarks/training.py logprobs    # memory of token_logprobs, V = 150,000
-    PYTHONPATH=. python benchmarks/training.py resident    # TrainableLLM beside vllm.LLM
+    PYTHONPATH=. python benchmarks/training.py resident    # TrainableLLM beside vllm.LLM, by packing
     PYTHONPATH=. python benchmarks/training.py step        # train step beside TorchTitan with SDPA
     PYTHONPATH=. python benchmarks/training.py watch       # looking for changed weights
 
@@ -31,6 +31,8 @@ SERVING = {"dtype": "bfloat16", "max_model_len": 512, "enforce_eager": True}
 TOKENS, VOCAB, WIDTH = 8192, 150_000, 256
 LENGTHS = (32, 200, 96, 184, 128, 60, 250, 74)
 """Of the packed samples of one train step: 1,024 tokens."""
+RESIDENT = ("engine-off", "trainable-off", "engine-release", "engine-keep", "trainable-keep")
+"""Engines whose memory is compared, each with its `vllm_graft_packing`."""
 
 
 def memory_kb(field: str) -> int:
@@ -75,15 +77,18 @@ def resident(kind: str, checkpoint: str) -> dict[str, Any]:
 
     import vllm_graft
 
-    if kind == "trainable":
-        llm = vllm_graft.TrainableLLM(
-            checkpoint, factory=FACTORY, skip_tokenizer_init=True, **SERVING
-        )
+    engine, packing = kind.split("-")
+    options = {
+        "skip_tokenizer_init": True,
+        "additional_config": {"vllm_graft_packing": packing},
+        **SERVING,
+    }
+    if engine == "trainable":
+        llm = vllm_graft.TrainableLLM(checkpoint, factory=FACTORY, **options)
     else:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         vllm_graft.register("Qwen3TorchTitan", FACTORY)
-        overrides = {"architectures": ["Qwen3TorchTitan"]}
-        llm = LLM(checkpoint, hf_overrides=overrides, skip_tokenizer_init=True, **SERVING)
+        llm = LLM(checkpoint, hf_overrides={"architectures": ["Qwen3TorchTitan"]}, **options)
     params = SamplingParams(max_tokens=8, detokenize=False, ignore_eos=True)
     llm.generate([{"prompt_token_ids": list(range(1, 200))}], params, use_tqdm=False)
     return {"kind": kind, "anonymous_mb": memory_kb("RssAnon") / 1000}
@@ -208,8 +213,7 @@ def with_checkpoint(chosen: Any) -> dict[str, Any]:
         if chosen.what == "resident":
             arguments = ("--checkpoint", folder, "--kind")
             return {
-                kind: in_child("resident", *arguments, kind)["anonymous_mb"]
-                for kind in ("plain", "trainable")
+                kind: in_child("resident", *arguments, kind)["anonymous_mb"] for kind in RESIDENT
             }
         measure = train_step if chosen.what == "step" else watch
         return measure(folder, chosen.rounds)

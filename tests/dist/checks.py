@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -16,6 +15,9 @@ from tests.support import relative_error
 
 COMPARED = (1024, 1024)
 """64 tokens for each of 16 prompts."""
+AT_MOST = {"loss": 1e-6, "gradients": 1e-5, "log-probabilities": 1e-5}
+"""Float32 on two ranks against one: row-parallel products add two partial sums. Loss and
+gradients are relative, each gradient to its largest value."""
 
 
 def run(
@@ -57,16 +59,33 @@ def check_two_ranks(
         assert rank["equal"] == COMPARED
         halves = [n for n, shape in rank["shapes"].items() if shape != alone["shapes"][n]]
         assert len(halves) > len(rank["shapes"]) // 3
-        # fp32: row-parallel products add two partial sums.
-        assert rank["loss"] == pytest.approx(alone["loss"], rel=1e-6)
-        for name, grad in alone["grads"].items():
-            assert relative_error(in_one_piece(name, rank["grads"][name]), grad) < 1e-5, name
-        for mine, other in zip(rank["logprobs"], alone["logprobs"], strict=True):
-            assert mine == pytest.approx(other, abs=1e-5)
+        found = differences(rank, alone, in_one_piece)
+        print(f"MEASURED {model}", {what: f"{value:.1e}" for what, value in found.items()})
+        assert all(found[what] <= most for what, most in AT_MOST.items()), found
         check_round_trip(rank["exported"], checkpoint)
     assert ranks[0]["logprobs"] == ranks[1]["logprobs"]
     tokens: list[list[int]] = ranks[0]["tokens"]
     return tokens
+
+
+def differences(
+    rank: dict[str, Any],
+    alone: dict[str, Any],
+    in_one_piece: Callable[[str, torch.Tensor], torch.Tensor],
+) -> dict[str, float]:
+    """How far a rank is from one rank alone: the largest of each kind in `AT_MOST`."""
+    served = zip(rank["logprobs"], alone["logprobs"], strict=True)
+    apart = [abs(m - o) for pair in served for m, o in zip(*pair, strict=True)]
+    gradients = [
+        relative_error(in_one_piece(name, rank["grads"][name]), grad)
+        for name, grad in alone["grads"].items()
+    ]
+    return {
+        "loss": abs(rank["loss"] / alone["loss"] - 1),
+        # Python's max would lose a NaN.
+        "gradients": float(torch.tensor(gradients).max()),
+        "log-probabilities": float(torch.tensor(apart).max()),
+    }
 
 
 def check_round_trip(exported: dict[str, torch.Tensor], checkpoint: Path) -> None:

@@ -1,7 +1,8 @@
-"""`vllm-graft serve` on two ranks or two stages: the tokens of one, and an end when a worker dies."""
+"""Servers on two ranks or two stages: the tokens of one, and an end when a worker dies."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import psutil
 import pytest
 
 import vllm_graft
-from examples.custom_models.qwen3_torchtitan import ARCH, build_qwen3_torchtitan
+from examples.custom_models.qwen3_torchtitan import ARCH
 from tests.dist.test_lifetimes import assert_all_end, members, started_by
+from tests.dist.test_worker_processes import MODELS
 from tests.serve.test_cli_serve import free_port, served, wait_until_up, with_tokenizer
 from tests.support import engine, generate, prompts, qwen3_checkpoint
+from vllm_graft.serve.registry import BUILT_IN
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -28,9 +31,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> list[list[int]]:
+    return of_one_rank(checkpoint, ARCH)
+
+
+def of_one_rank(checkpoint: Path, arch: str) -> list[list[int]]:
     """The tokens of one eager rank."""
-    vllm_graft.register(ARCH, build_qwen3_torchtitan)
-    with engine(checkpoint, ARCH, dtype="float32") as llm:
+    vllm_graft.register(arch, BUILT_IN[arch])
+    with engine(checkpoint, arch, dtype="float32") as llm:
         return [list(c.token_ids) for c in generate(llm, PROMPTS, max_tokens=16)]
 
 
@@ -41,6 +48,29 @@ def ask(client: openai.OpenAI) -> list[list[int]]:
         extra_body={"return_token_ids": True, "ignore_eos": True},
     )  # fmt: skip
     return [choice.token_ids for choice in completion.choices]
+
+
+def client_of(port: int) -> tuple[openai.OpenAI, list[str]]:
+    """A client, and the options of the server that it will ask."""
+    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    where = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "tiny"]
+    return client, [*where, "--dtype", "float32", "--max-model-len", "512"]
+
+
+@pytest.mark.parametrize("model", ["deepseek v3", "megatron"])
+def test_stock_vllm_serve_shards_what_the_environment_names(model, tmp_path, monkeypatch):
+    arch, make, _ = MODELS[model]
+    checkpoint, log = with_tokenizer(make(tmp_path / "checkpoint")), tmp_path / "server.log"
+    alone = of_one_rank(checkpoint, arch)
+    monkeypatch.setenv("VLLM_GRAFT_MODELS", json.dumps({arch: BUILT_IN[arch]}))
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    client, where = client_of(free_port())
+    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *where]
+    command += ["--hf-overrides", json.dumps({"architectures": [arch]})]
+    command += ["--tensor-parallel-size", "2", "--enforce-eager"]
+    with served(command, log) as server:
+        wait_until_up(server, client, log)
+        assert ask(client) == alone
 
 
 @pytest.mark.parametrize(
@@ -55,11 +85,10 @@ def ask(client: openai.OpenAI) -> list[list[int]]:
 )
 def test_two_workers_answer_as_one(axis, worker, mode, checkpoint, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
-    port, log = free_port(), tmp_path / "server.log"
+    log = tmp_path / "server.log"
+    client, where = client_of(free_port())
     command = [sys.executable, "-m", "vllm_graft.cli", "serve", str(checkpoint), "--arch", ARCH]
-    command += ["--port", str(port), "--dtype", "float32", "--max-model-len", "512"]
-    command += [f"--{axis}-parallel-size", "2", "--served-model-name", "tiny", *mode]
-    client = openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0)
+    command += [*where, f"--{axis}-parallel-size", "2", *mode]
     with served(command, log) as server:
         wait_until_up(server, client, log)
         assert ask(client) == alone

@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -92,7 +93,10 @@ def serving(parent: psutil.Popen, log: Path) -> list[psutil.Process]:
 
 
 def assert_all_end(processes: list[psutil.Process]) -> None:
+    """All are gone `END_S` from now; prints after how long (`pytest -rP` shows it)."""
+    start = time.monotonic()
     _, alive = psutil.wait_procs(processes, timeout=END_S)
+    print(f"MEASURED {len(processes)} processes ended after {time.monotonic() - start:.1f} s")
     assert alive == []
 
 
@@ -101,13 +105,22 @@ def test_a_killed_worker_ends_the_program_with_an_error(checkpoint, tmp_path):
     with program(checkpoint, log, QWEN3, "never") as parent:
         everyone = serving(parent, log)
         members(parent, "VLLM::Worker_TP1")[0].kill()
-        assert parent.wait(END_S) == 1
-        assert_all_end(everyone)
+        assert_all_end([parent, *everyone])
+    assert parent.returncode == 1
     told = log.read_text()
     # Who notices first: vLLM's watch over its processes, or the rank that waits for the dead one.
     watched = "Worker proc VllmWorker-1 died unexpectedly (exit code: -9)" in told
     assert watched or re.search(r"Worker failed with error '.*Connection reset by peer", told)
     assert "EngineDeadError: EngineCore encountered an issue" in told
+
+
+def test_a_killed_engine_core_leaves_no_workers(checkpoint, tmp_path):
+    log = tmp_path / "log"
+    with program(checkpoint, log, QWEN3, "never") as parent:
+        serving(parent, log)
+        workers = members(parent, "VLLM::Worker")
+        members(parent, "VLLM::EngineCore")[0].kill()
+        assert_all_end(workers)
 
 
 def test_a_killed_parent_leaves_nobody(checkpoint, tmp_path):

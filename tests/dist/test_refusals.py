@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 from tests.dist.launch import torchrun
+from tests.moe_checkpoints import deepseek_v3_checkpoint
 from tests.support import qwen3_checkpoint
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -22,6 +23,7 @@ QWEN3 = {
     "megatron_without_tp": FORGOTTEN,
     "megatron_not_replaced": "MegatronForCausalLM has no CoreAttention",
 }
+DEEPSEEK = {"deepseek_without_tp": FORGOTTEN, "deepseek_tp_first": TOO_EARLY}
 PLAIN = {"plan_without_tp": FORGOTTEN, "plan_first": f"{TOO_EARLY} .wq, wk, wv, wo are DTensors"}
 KV_HEADS = "num_kv_heads=1 cannot be divided among tensor_parallel_size=2 ranks"
 ONE_KV_HEAD = {
@@ -37,6 +39,12 @@ ONE_KV_HEAD = {
 def test_a_wrong_order_is_named(factory, tmp_path):
     checkpoint = qwen3_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
     assert_refused(f"tests.dist.wrong_orders:{factory}", checkpoint, QWEN3[factory])
+
+
+@pytest.mark.parametrize("factory", DEEPSEEK)
+def test_a_wrong_order_with_latent_attention_is_named(factory, tmp_path):
+    checkpoint = deepseek_v3_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
+    assert_refused(f"tests.dist.wrong_orders:{factory}", checkpoint, DEEPSEEK[factory])
 
 
 @pytest.mark.parametrize("factory", PLAIN)

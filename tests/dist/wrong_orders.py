@@ -8,6 +8,8 @@ from torch import nn
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
 from examples.custom_models import megatron_gpt
+from examples.custom_models.deepseek_v3_config import deepseek_v3_config
+from examples.custom_models.deepseek_v3_torchtitan import DeepSeekV3TorchTitanForCausalLM
 from examples.custom_models.qwen3_torchtitan import Qwen3TorchTitanForCausalLM, qwen3_config
 from tests.dist.dtensor_plan import PLAN, PlainForCausalLM, plain_model
 from vllm_graft import ParallelContext, replace_with_trainable_attention
@@ -26,6 +28,21 @@ def titan_tp_first(vllm_config: Any, parallel_context: Any) -> nn.Module:
     decoder = config.build()
     TitanParallel(decoder, parallel_context)
     replace_with_trainable_attention(decoder)
+    return decoder
+
+
+def deepseek_without_tp(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """Latent attention and experts, no tensor parallelism."""
+    model = DeepSeekV3TorchTitanForCausalLM(vllm_config, parallel_context)
+    return model.to(dtype=vllm_config.model_config.dtype)
+
+
+def deepseek_tp_first(vllm_config: Any, parallel_context: Any) -> nn.Module:
+    """Tensor parallelism first, replacement of latent attention second."""
+    length = vllm_config.model_config.max_model_len
+    decoder = deepseek_v3_config(vllm_config.hf_config, length).build()
+    TitanParallel(decoder, parallel_context)
+    replace_with_trainable_attention(decoder, use_mla=True)
     return decoder
 
 

@@ -122,9 +122,14 @@ def test_a_tensor_without_a_place_is_named(qwen3):
         build(qwen3).load_weights(tensors.items())
 
 
-def plain_model(**fields):
-    """Megatron's model as its users build it, without Graft."""
+def local_spec():
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    return get_gpt_layer_local_spec(normalization="RMSNorm")
+
+
+def plain_model(spec=None, **fields):
+    """Megatron's model as its users build it, without Graft."""
     from megatron.core.models.gpt.gpt_model import GPTModel
     from megatron.core.transformer.transformer_config import TransformerConfig
 
@@ -139,7 +144,7 @@ def plain_model(**fields):
     with megatron_device():
         return GPTModel(
             config=TransformerConfig(**(sizes | fields)),
-            transformer_layer_spec=get_gpt_layer_local_spec(normalization="RMSNorm"),
+            transformer_layer_spec=spec or local_spec(),
             vocab_size=64, max_sequence_length=64, pg_collection=process_groups(),
             **model_fields,
         )  # fmt: skip
@@ -200,6 +205,20 @@ def test_a_users_model_computes_the_same_after_the_swap(options, original):
     # fp32 through two layers, another kernel for attention.
     assert relative_error(model(tokens, positions, None), want) < 1e-5
     assert replace_with_trainable_attention(model).swapped == 0
+
+
+def test_a_layer_spec_may_name_the_seam():
+    spec = local_spec()
+    spec.submodules.self_attention.submodules.core_attention = MegatronCoreAttention
+    by_spec, swapped = plain_model(spec), plain_model()
+    swapped.load_state_dict(by_spec.state_dict())
+    cores = [layer.self_attention.core_attention for layer in by_spec.decoder.layers]
+    assert all(isinstance(core, MegatronCoreAttention) for core in cores)
+    for model in (by_spec, swapped):
+        replace_with_trainable_attention(model)
+    assert [layer.self_attention.core_attention for layer in by_spec.decoder.layers] == cores
+    tokens, positions = torch.randint(0, 64, (2, 20)), torch.arange(20).expand(2, 20)
+    assert torch.equal(by_spec(tokens, positions, None), swapped(tokens, positions, None))
 
 
 def test_packed_samples_do_not_see_each_other(qwen3):

@@ -2,9 +2,10 @@
 
     PYTHONPATH=. VLLM_BATCH_INVARIANT=1 python benchmarks/cuda_ranks.py --json ranks.json
 
-Each job is a torchrun of 1 or 2 ranks with `TrainableLLM` on a random Qwen3 in bf16 (`--shape`): counts of
-`verify_exactness`, then loss and gathered gradients of `token_logprobs` over fixed samples. Those of two
-ranks are compared with one card's. A job that fails is reported with its error.
+Each job is a torchrun of 1 or 2 ranks with `TrainableLLM` on a random Qwen3 in bf16 (`--shape`):
+counts of `verify_exactness`, then loss and gathered gradients of `token_logprobs` over fixed
+samples. Those of two ranks are compared with one card's. A job that fails is reported with its
+error.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def one_rank(arch: str, checkpoint: str, result: str, graphs: str) -> None:
 
 @torch.no_grad()
 def gradients(model: Any) -> dict[str, torch.Tensor]:
-    """Whole gradients under the checkpoint's names, on the host; the weights are gone afterwards."""
+    """Whole ones under the checkpoint's names, on the host; the weights are gone afterwards."""
     from vllm_graft import export_weights
 
     for parameter in model.parameters():

@@ -1,7 +1,7 @@
 """What training on the served module costs: memory and time.
 
     PYTHONPATH=. python benchmarks/training.py logprobs    # memory of token_logprobs, V = 150,000
-    PYTHONPATH=. python benchmarks/training.py resident    # TrainableLLM beside vllm.LLM, by packing
+    PYTHONPATH=. python benchmarks/training.py resident    # engines by packing
     PYTHONPATH=. python benchmarks/training.py step        # train step beside TorchTitan with SDPA
     PYTHONPATH=. python benchmarks/training.py watch       # looking for changed weights
 

@@ -1,4 +1,4 @@
-"""One rank of a trainer: `push_worker.py fsdp|tensor_parallel CHECKPOINT URL [DIE_AT]`, run by torchrun.
+"""A trainer's rank, by torchrun: `push_worker.py fsdp|tensor_parallel CHECKPOINT URL [DIE_AT]`.
 
 With DIE_AT rank 0 kills itself as it sends its tensor of that number.
 """

@@ -23,7 +23,7 @@ import torch
 
 SAMPLES = (5, 64, 130, 300)
 """Lengths of the samples of the training step."""
-LIMIT_S = 400
+LIMIT_S = 480
 
 
 def job(arch: str, ranks: int, checkpoint: str, graphs: str) -> dict[str, Any]:

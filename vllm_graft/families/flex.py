@@ -124,18 +124,26 @@ def varlen(
     refused = [name for name, value in given.items() if value is not None]
     if refused:
         raise NotUnderstoodError(f"varlen_attn with {', '.join(refused)}")
-    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q_TNH, k_TKH, v_TKH))
     call = AttentionCall(
-        q=q,
-        k=k,
-        v=v,
-        scale=q.shape[-1] ** -0.5 if scale is None else scale,
-        hides=(lambda: _apart(cu_seq_q, cu_seq_k, len(q_TNH), window_size),),
+        q=q_TNH,
+        k=k_TKH,
+        v=v_TKH,
+        scale=q_TNH.shape[-1] ** -0.5 if scale is None else scale,
+        hides=(lambda: apart(cu_seq_q, cu_seq_k, len(q_TNH), window_size),),
     )
-    return attend(call).transpose(1, 2).flatten(0, 1).contiguous()
+    return by_rows(attend, length, call)
 
 
-def _apart(
+def by_rows(
+    attend: Callable[[AttentionCall], torch.Tensor], length: int, flat: AttentionCall
+) -> torch.Tensor:
+    """`attend` on rows of `length` tokens; `flat` has `[T, N, H]`, the result too."""
+    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (flat.q, flat.k, flat.v))
+    out = attend(replace(flat, q=q, k=k, v=v))
+    return out.transpose(1, 2).flatten(0, 1).contiguous()
+
+
+def apart(
     cu_seq_q: torch.Tensor, cu_seq_k: torch.Tensor | None, tokens: int, window: tuple[int, int]
 ) -> torch.Tensor:
     """`[T, T]`, True where tokens are of different sequences or further apart than the window.
@@ -144,12 +152,15 @@ def _apart(
         ValueError: the keys' sequences are not the queries'.
     """
     if cu_seq_k is None or not torch.equal(cu_seq_q, cu_seq_k):
-        raise ValueError("varlen_attn with keys of other sequences than its queries")
+        raise ValueError("keys of other sequences than the queries")
     at = torch.arange(tokens, device=cu_seq_q.device)
     sequence = torch.searchsorted(cu_seq_q, at.to(cu_seq_q.dtype), right=True)
+    return (sequence[:, None] != sequence) | outside(at, window)
+
+
+def outside(at: torch.Tensor, window: tuple[int, int]) -> torch.Tensor:
+    """`[T, T]`, True where a key is further back or ahead than the window; -1 is no limit."""
     behind = at[:, None] - at
-    hidden = sequence[:, None] != sequence
     left, right = window
-    if left >= 0:
-        hidden = hidden | (behind > left)
+    hidden = behind > left if left >= 0 else torch.zeros_like(behind, dtype=torch.bool)
     return hidden | (-behind > right) if right >= 0 else hidden

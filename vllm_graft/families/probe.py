@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from vllm_graft.families import scores
+from vllm_graft.families import flash_attn, scores
 from vllm_graft.families.calls import AttentionCall, multi_head, sdpa
 from vllm_graft.families.flex import flex, varlen
 from vllm_graft.families.scores import Scores
@@ -28,6 +29,10 @@ from vllm_graft.families.visible import Watch
 Line = tuple[str, int]
 """File and number of a source line."""
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_FORMS: dict[Any, Callable[..., AttentionCall]] = {
+    F.scaled_dot_product_attention: sdpa,
+    flex_attention: flex,
+}
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
              torch.Tensor.bmm)  # fmt: skip
 
@@ -68,14 +73,9 @@ class Calls(Watch):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func is F.scaled_dot_product_attention:
-            return self.attend(sdpa(*args, **kwargs))
-        if func is F.multi_head_attention_forward:
-            return multi_head(self.attend, *args, **kwargs)
-        if func is flex_attention:
-            return self.attend(flex(*args, **kwargs))
-        if func is varlen_attn:
-            return varlen(self.attend, self.length, *args, **kwargs)
+        attention = self._attention(func)
+        if attention is not None:
+            return attention(*args, **kwargs)
         if func in _PRODUCTS and len(args) == 2:
             return self._product(func, args, kwargs)
         if any(isinstance(x, Scores) for x in args):
@@ -89,6 +89,18 @@ class Calls(Watch):
         if func is torch.arange:
             return self._arange(line, result)
         return self._slice(line, args[0], args[1], result)
+
+    def _attention(self, func: Any) -> Callable[..., Any] | None:
+        """What answers a call of `func`; None if it is not attention."""
+        if func in _FORMS:
+            form = _FORMS[func]
+            return lambda *args, **kwargs: self.attend(form(*args, **kwargs))
+        if func is F.multi_head_attention_forward:
+            return partial(multi_head, self.attend)
+        if func is varlen_attn:
+            return partial(varlen, self.attend, self.length)
+        flash = flash_attn.handler(func)
+        return None if flash is None else partial(flash, self.attend, self.length)
 
     def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         left, right = args

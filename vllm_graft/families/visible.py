@@ -1,9 +1,9 @@
-"""Torch's attention functions that are Python, made visible to a function mode as SDPA is.
+"""Attention functions that are Python, made visible to a function mode as SDPA is.
 
-`flex_attention` and `varlen_attn` ask no mode, and models hold them by names of their own. So
-the code of the function itself is exchanged, once: it asks a `Watch` that is on, and does what
-torch does where there is none. Can go when torch's functions ask `__torch_function__` themselves
-(not up to 2.13).
+`flex_attention`, `varlen_attn` and those of flash-attn ask no mode, and models hold them by names
+of their own. So the code of the function itself is exchanged, once: it asks a `Watch` that is on,
+and does what it did where there is none. Can go when they ask `__torch_function__` themselves
+(torch's do not up to 2.13).
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from torch.overrides import (
     handle_torch_function,
 )
 
+from vllm_graft.families import flash_attn
+
 _STOCK = "graft_stock"
 
 
 class Watch(TorchFunctionMode):
-    """Sees `flex_attention` and `varlen_attn` like any function of torch's.
+    """Sees `flex_attention`, `varlen_attn` and flash-attn's functions like any of torch's.
 
     What a model put under `torch.compile` runs eagerly meanwhile: in compiled code no call is
     seen.
     """
 
     def __enter__(self) -> Any:
-        for function in (flex_attention, varlen_attn):
+        for function in (flex_attention, varlen_attn, *flash_attn.functions()):
             _make_visible(function)
         self._stance: Any = torch.compiler.set_stance("force_eager")
         mode: Any = super()
@@ -52,6 +54,7 @@ def _make_visible(function: Any) -> None:
         function.__code__, function.__globals__, function.__name__, function.__defaults__
     )
     stock.__kwdefaults__ = function.__kwdefaults__
+    stock.graft_visible = function  # type: ignore[attr-defined]
     function.__signature__ = inspect.signature(function)
     function.__defaults__, function.__kwdefaults__ = None, {_STOCK: stock}
     function.__code__ = _ask.__code__
@@ -67,9 +70,8 @@ def _ask(*args: Any, graft_stock: Any, **kwargs: Any) -> Any:
 def _answer(stock: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_compiling() or not _watched():
         return stock(*args, **kwargs)
-    function: Any = flex_attention if stock.__name__ == "flex_attention" else varlen_attn
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-    return handle_torch_function(function, tensors, *args, **kwargs)
+    return handle_torch_function(stock.graft_visible, tensors, *args, **kwargs)
 
 
 def _watched() -> bool:

@@ -11,6 +11,7 @@ import torch
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
+from vllm_graft.families import flash_attn
 from vllm_graft.families.calls import AttentionCall, settled
 from vllm_graft.families.flex import flex, varlen
 from vllm_graft.families.visible import Watch
@@ -19,7 +20,7 @@ from vllm_graft.families.visible import Watch
 class WrittenOut(Watch):
     """Answers what has no kernel on CPU by `softmax(q @ k^T) @ v` under the same mask.
 
-    That is `varlen_attn`, and `flex_attention` where a gradient is wanted.
+    That is `varlen_attn`, flash-attn, and `flex_attention` where a gradient is wanted.
     """
 
     def __init__(self) -> None:
@@ -38,6 +39,10 @@ class WrittenOut(Watch):
         if func is varlen_attn and args[0].device.type == "cpu":
             self.replaced.add("varlen_attn")
             return varlen(written_out, len(args[0]), *args, **kwargs)
+        flash = flash_attn.handler(func)
+        if flash is not None and args[0].device.type == "cpu":
+            self.replaced.add("flash-attn")
+            return flash(written_out, len(args[0]), *args, **kwargs)
         if func is flex_attention and _trains_on_cpu(flex(*args, **kwargs)):
             self.replaced.add("gradient of flex_attention")
             return written_out(flex(*args, **kwargs))
@@ -57,6 +62,9 @@ def written_out(call: AttentionCall) -> torch.Tensor:
     scores = call.q @ k.transpose(-2, -1) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
-    for hides in call.hides:
-        scores = scores.masked_fill(hides(), float("-inf"))
+    hidden = [hides() for hides in call.hides]
+    if call.is_causal:
+        hidden.append(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1))
+    for mask in hidden:
+        scores = scores.masked_fill(mask, float("-inf"))
     return scores.softmax(-1) @ v

@@ -62,7 +62,8 @@ class Packing:
         self._packed += join_products(calls, linear, kept_apart=shared, same=self._same)
         self.ready()
         with products.serving():
-            got = forward()
+            got = forward()  # tries numbers of rows, with weights of its own
+        return_freed_memory()
         if self._agree(got, want):
             return
         logger.warning(

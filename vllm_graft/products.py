@@ -43,6 +43,9 @@ class Packer(Protocol):
     def pack(self, weight: torch.Tensor) -> Kernel:
         """A packed copy of `[M, K]`."""
 
+    def settle(self, run: Callable[[int], None]) -> None:
+        """Once all is packed: `run` makes all products with a number of rows, to be timed."""
+
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
     ) -> torch.Tensor:
@@ -196,6 +199,13 @@ class Packed(Group):
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """By the packed copy."""
         return self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
+
+    def rehearse(self, rows: int) -> int:
+        """Make the product with so many rows of zeros; how many bytes of weights it read."""
+        weight = self._weights[0]
+        inputs = weight.shape[1]
+        self.multiply(torch.zeros(rows, inputs, dtype=weight.dtype))
+        return self._ends[-1] * inputs * weight.itemsize
 
     def pack(self) -> None:
         """Pack the weights as they are now."""

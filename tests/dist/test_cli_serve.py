@@ -58,15 +58,16 @@ def client_of(port: int) -> tuple[openai.OpenAI, list[str]]:
 
 
 @pytest.mark.parametrize("model", ["deepseek v3", "megatron"])
-def test_stock_vllm_serve_shards_what_the_environment_names(model, tmp_path, monkeypatch):
+def test_vllms_own_server_shards_what_the_environment_names(model, tmp_path, monkeypatch):
     arch, make, _ = MODELS[model]
     checkpoint, log = with_tokenizer(make(tmp_path / "checkpoint")), tmp_path / "server.log"
     alone = of_one_rank(checkpoint, arch)
     monkeypatch.setenv("VLLM_GRAFT_MODELS", json.dumps({arch: BUILT_IN[arch]}))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     client, where = client_of(free_port())
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(checkpoint), *where]
-    command += ["--hf-overrides", json.dumps({"architectures": [arch]})]
+    # `vllm serve` runs this module; on CPU it looks for a package `vllm` and finds `vllm-cpu`.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *where]
+    command += ["--model", str(checkpoint), "--hf-overrides", json.dumps({"architectures": [arch]})]
     command += ["--tensor-parallel-size", "2", "--enforce-eager"]
     with served(command, log) as server:
         wait_until_up(server, client, log)

@@ -190,9 +190,38 @@ def test_packed_products_have_the_bits_of_linear_or_are_not_taken(shape, dtype) 
         return
     kernel = packer.pack(weight.detach())
     with torch.no_grad():
-        for rows in (1, 2, 3, 11, 33, 77, 128, 303, 450, 700):
-            got = packer.multiply(x[:rows], None, kernel.handle, outputs)
-            assert torch.equal(got, exact.linear(x[:rows], weight, None)), rows
+        for fewest in (1, 4):
+            packer._fewest = fewest
+            for rows in (1, 2, 3, 11, 33, 77, 128, 303, 450, 700):
+                got = packer.multiply(x[:rows], None, kernel.handle, outputs)
+                assert torch.equal(got, exact.linear(x[:rows], weight, None)), rows
+
+
+@pytest.mark.parametrize(
+    ("seconds", "fewest"),
+    [
+        ({1: 26, 2: 36, 4: 21, 8: 30}, 4),
+        ({1: 10, 2: 10, 4: 11, 8: 14}, 1),
+        ({1: 100, 2: 99, 4: 98, 8: 98}, 1),
+    ],
+)
+def test_few_rows_are_padded_where_that_takes_less_time(seconds, fewest, monkeypatch) -> None:
+    pytest.importorskip("vllm")
+    from vllm_graft.serve import _vllm_packed
+
+    class Clock:
+        now = 0.0
+
+    def run(rows: int) -> None:
+        Clock.now += seconds[rows]
+
+    monkeypatch.setattr(_vllm_packed.time, "perf_counter", lambda: Clock.now)
+    packer = _vllm_packed.CpuPacker(exact=True)
+    packer.settle(run)
+    assert packer._fewest == fewest
+    fast = _vllm_packed.CpuPacker(exact=False)
+    fast.settle(run)
+    assert fast._fewest == 1  # its bits would depend on the clock
 
 
 def test_another_order_of_additions_is_told_apart() -> None:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_graft import exact, products
 from vllm_graft.joined import join_products
-from vllm_graft.products import Call, Group, Packer
+from vllm_graft.products import Call, Group, Packed, Packer
 from vllm_graft.serve import _vllm, _vllm_packed
 from vllm_graft.serve.freed import return_freed_memory
 from vllm_graft.weights.slots import slots, tensor_in
@@ -55,12 +55,14 @@ class Packing:
         if not self._join:
             return
         want = forward()
-        if self._packer is not None:
-            self._packed += products.pack_products(calls, self._packer)
+        copies = [] if self._packer is None else products.pack_products(calls, self._packer)
+        self._packed += copies
         linear = exact.linear if self._same else F.linear
         shared = _shared(self._model)
         self._packed += join_products(calls, linear, kept_apart=shared, same=self._same)
         self.ready()
+        if self._packer is not None:
+            self._packer.settle(lambda rows: _rehearse(copies, rows))
         with products.serving():
             got = forward()  # tries numbers of rows, with weights of its own
         return_freed_memory()
@@ -118,6 +120,20 @@ class Packing:
             self._release = before
         if before:
             self.ready()
+
+
+_REHEARSED = 1 << 28
+"""Bytes of weights that a rehearsal reads: more than caches hold, and little time."""
+
+
+@torch.no_grad()
+def _rehearse(copies: list[Packed], rows: int) -> None:
+    """Make the products of a step with so many rows, as far as `_REHEARSED` goes."""
+    left = _REHEARSED
+    for packed in copies:
+        if left <= 0:
+            return
+        left -= packed.rehearse(rows)
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -67,14 +67,16 @@ def _dense(
 
 def _qkv_packed(attend: Attend, length: int, qkv: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """`flash_attn_qkvpacked_func` on `[B, L, 3, N, H]`."""
-    return _dense(attend, length, *qkv.unbind(2), *args, **kwargs)
+    q, k, v = qkv.unbind(2)
+    return _dense(attend, length, q, k, v, *args, **kwargs)
 
 
 def _kv_packed(
     attend: Attend, length: int, q: torch.Tensor, kv: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     """`flash_attn_kvpacked_func` on `[B, L, N, H]` and `[B, L, 2, K, H]`."""
-    return _dense(attend, length, q, *kv.unbind(2), *args, **kwargs)
+    k, v = kv.unbind(2)
+    return _dense(attend, length, q, k, v, *args, **kwargs)
 
 
 def _varlen(

@@ -43,6 +43,7 @@ class Joined(Group):
 
     def pack(self) -> None:
         """Lay together what lies elsewhere."""
+        self._input = self._output = None
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             self._lay(self._weights, self._weight)

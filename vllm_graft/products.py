@@ -160,7 +160,6 @@ class Group:
 
     def refresh(self) -> None:
         """Pack anew if a weight or bias was exchanged, moved or written by an operation."""
-        self._input = self._output = None
         if not self.released and not (self._seen and all(map(_unchanged, self._seen))):
             self.pack()
 
@@ -209,6 +208,7 @@ class Packed(Group):
 
     def pack(self) -> None:
         """Pack the weights as they are now."""
+        self._input = self._output = None
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._weights]

@@ -103,7 +103,8 @@ class Packing:
         """Pack anew what changed since the last forward."""
         if self.watches:
             for packed in self._packed:
-                packed.refresh()
+                if not packed.released:
+                    packed.refresh()
 
     def changed(self) -> None:
         """Pack everything anew, however it was written."""

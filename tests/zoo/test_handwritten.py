@@ -203,6 +203,12 @@ def check_served_and_trained(style, served, model, folder):
         _check_gradients(Original(model), live_module(llm), samples)
 
 
+@pytest.mark.parametrize("style", STYLES)
+def test_rope_is_told_from_other_positions(style):
+    sites = vllm_graft.adapt(spread_weights(style()).eval()).sites
+    assert {site.rotated for site in sites} == {issubclass(style, Rotated)}
+
+
 class Leaking(LearnedPositions):
     def forward(self, tokens):
         return super().forward(tokens) + self.wte.weight[tokens].mean(1, True).sum()

@@ -61,6 +61,8 @@ class Site:
     """As far as the tokens of the probe show it."""
     masked: bool
     """Causal by a mask, which says nothing of longer samples than the probe's."""
+    rotated: bool = False
+    """Whether its queries and keys have been turned by RoPE before."""
 
 
 def sdpa(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -49,6 +50,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         self.model = model
         self.sites = find_sites(model)
         self._placed, self._written = _find_lines(model)
+        self.sites = self._with_rope(self.sites)
         self.cores = nn.ModuleList(_core(site) for site in self.sites)
         self._proven = _LENGTHS[0] if any(site.masked for site in self.sites) else sys.maxsize
         self._try_out()
@@ -117,6 +119,35 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         return {f"model.{name}" for name in report.loaded.values()}
 
     @torch.no_grad()
+    def _with_rope(self, sites: list[Site]) -> list[Site]:
+        """Note where RoPE was applied: a shift of all positions turns queries, and no score."""
+        marked = []
+        for site, (q, score), (moved, same) in zip(
+            sites, self._scored(0), self._scored(1), strict=True
+        ):
+            turned = not _near(q, moved) and _near(score, same)
+            marked.append(replace(site, rotated=turned))
+        return marked
+
+    def _scored(self, first: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Queries, and their products with the keys, for positions that begin at `first`."""
+        seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+        def attend(call: AttentionCall) -> torch.Tensor:
+            k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+            seen.append((call.q, call.q @ k.transpose(-2, -1)))
+            return torch.zeros_like(call.q)
+
+        tokens = _tokens(self.model, _LENGTHS[0])
+        at = _count(tokens) + first
+        with Calls(
+            len(at), attend, lambda line: at if line in self._placed else None,
+            self._written.__contains__,
+        ):  # fmt: skip
+            _run(self.model, tokens, at)
+        return seen
+
+    @torch.no_grad()
     def _try_out(self) -> None:
         first, second = (_tokens(self.model, length) for length in _LENGTHS)
         with WrittenOut():
@@ -124,14 +155,26 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         borders = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)])
         with packed(borders):
             got = self(torch.cat([first[0], second[0]]))
-        difference = float((got - want).abs().max() / want.abs().max())
-        if not difference <= _LIMIT.get(want.dtype, 5e-2):
+        difference = _apart(got, want)
+        if not difference <= _limit(want):
             raise ValueError(
                 f"{type(self.model).__name__}: two samples packed into one row give other logits "
                 f"than alone, by {difference:.2g} of the largest. Usual causes: positions that are "
                 "counted in a way Graft does not see (pass `positions` to forward), state outside "
                 "attention, attention that Graft does not know"
             )
+
+
+def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+def _limit(of: torch.Tensor) -> float:
+    return _LIMIT.get(of.dtype, 5e-2)
+
+
+def _near(got: torch.Tensor, want: torch.Tensor) -> bool:
+    return _apart(got, want) <= _limit(want)
 
 
 def _core(site: Site) -> CoreAttention:

@@ -4,9 +4,9 @@
 
 Writes a random Qwen3 checkpoint (bf16, two layers as wide as an 8B model's, 1.3 GB) and two
 copies to a temporary folder, starts two ranks, and has each load its half of TorchTitan's
-Qwen3 (`--arch MegatronModel`: Megatron's) from vLLM's own safetensors iterator. `--num-experts 64`
-makes it a mixture of experts, `--expert-parallel` gives each rank half of those. Three figures, as
-parts of the checkpoint:
+Qwen3 (`--arch MegatronModel`: Megatron's; `DTensor`: TorchTitan's under a plan of PyTorch's, so
+DTensors) from vLLM's own safetensors iterator. `--num-experts 64` makes it a mixture of experts,
+`--expert-parallel` gives each rank half of those. Three figures, as parts of the checkpoint:
 
 - *taken*: bytes that operations read out of the mapped tensors. Views read nothing.
 - *from disk, alone*: `read_bytes` of /proc/self/io while loading a copy that only this rank
@@ -35,7 +35,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 RANKS = 2
-ARCHS = ("Qwen3TorchTitan", "MegatronModel")
+ARCHS = ("Qwen3TorchTitan", "MegatronModel", "DTensor")
 MB = 1_000_000
 
 
@@ -103,7 +103,28 @@ def build(folder: Path, arch: str, *, expert_parallel: bool) -> Any:
     context = ParallelContext(
         tensor_model_parallel_size=RANKS, expert_parallel_size=RANKS if expert_parallel else 1
     )
+    if arch == "DTensor":
+        return under_a_plan(vllm_config, context)
     return locate(Importable.parse(BUILT_IN[arch]))(vllm_config, context)
+
+
+def under_a_plan(vllm_config: Any, context: Any) -> Any:
+    """TorchTitan's dense Qwen3, its parameters DTensors over the ranks."""
+    from torch.distributed.tensor.parallel import (
+        ColwiseParallel,
+        RowwiseParallel,
+        parallelize_module,
+    )
+
+    from examples.custom_models.qwen3_torchtitan import Qwen3TorchTitanForCausalLM
+
+    columns = ("attention.qkv_linear.*", "feed_forward.w1", "feed_forward.w3")
+    plan = {f"layers.*.{name}": ColwiseParallel() for name in columns}
+    plan |= {f"layers.*.{name}": RowwiseParallel() for name in ("attention.wo", "feed_forward.w2")}
+    plan |= {"tok_embeddings": RowwiseParallel(), "lm_head": ColwiseParallel()}
+    model = Qwen3TorchTitanForCausalLM(vllm_config)
+    parallelize_module(model.model, context.tp_mesh(), plan)
+    return model.bfloat16()
 
 
 def stream(folder: Path, taken: Taken) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.slow
 
 SMALL = ("--hidden-size=256", "--intermediate-size=512", "--vocab-size=1000")
 MEGATRON = ("--arch=MegatronModel",)
+DTENSOR = ("--arch=DTensor",)
 
 
 def figures(out, *options):
@@ -23,7 +24,7 @@ def figures(out, *options):
     return json.loads(out.read_text())
 
 
-@pytest.mark.parametrize("options", [(), ("--num-experts=8", "--expert-parallel"), MEGATRON])
+@pytest.mark.parametrize("options", [(), ("--num-experts=8", "--expert-parallel"), MEGATRON, DTENSOR])
 def test_each_rank_takes_what_it_keeps(options, tmp_path):
     seen = figures(tmp_path / "figures.json", *SMALL, *options)
     for taken in seen["taken_bytes"]:
@@ -31,7 +32,7 @@ def test_each_rank_takes_what_it_keeps(options, tmp_path):
         assert 0.5 < taken / seen["checkpoint_bytes"] < 0.51
 
 
-@pytest.mark.parametrize("options", [(), MEGATRON])
+@pytest.mark.parametrize("options", [(), MEGATRON, DTENSOR])
 def test_each_rank_has_less_than_60_percent_read_from_disk(options, tmp_path):
     seen = figures(tmp_path / "figures.json", *options)
     if not any(seen["disk_alone_bytes"]):

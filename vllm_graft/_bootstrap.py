@@ -17,6 +17,7 @@ from typing import Any
 API_MODULE = "vllm.model_executor.custom_models"
 OLD_MODULE = "vllm.model_executor.layers.trainable_attention"
 HOOKED = {
+    "vllm.config.model": ("registry", "show_order"),
     "vllm.model_executor.models.registry": ("registry", "attach"),
     "vllm.v1.executor.abstract": ("registry", "guard"),
     "vllm.v1.engine.core": ("lifetime", "watch_core"),

@@ -78,6 +78,13 @@ def test_models_are_still_built_by_keyword_with_a_prefix():
     assert "model_class(vllm_config=vllm_config, prefix=prefix)" in inspect.getsource(utils)
 
 
+def test_heads_that_ranks_cannot_share_are_still_refused_by_the_configuration():
+    from vllm.config.model import ModelConfig
+
+    source = inspect.getsource(inspect.unwrap(ModelConfig.verify_with_parallel_config))
+    assert 'raise ValueError(\n                f"Total number of attention heads' in source
+
+
 def test_vllm_config_still_has_no_hf_config():
     """`give_hf_config` can go when this fails."""
     code = "from vllm.config import VllmConfig; print(hasattr(VllmConfig, 'hf_config'))"

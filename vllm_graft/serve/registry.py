@@ -147,6 +147,13 @@ def attach(registry: ModuleType) -> None:
         _attach_one(registry, arch)
 
 
+def show_order(config: ModuleType) -> None:
+    """Called when vLLM's model config was just imported: its refusals of heads show the order."""
+    from vllm_graft.serve import _vllm_config
+
+    _vllm_config.show_order(config.ModelConfig, registrations)
+
+
 def guard(executor: ModuleType) -> None:
     """Called when vLLM's executor module was just imported: check factories at engine start."""
     from vllm_graft.serve import _vllm

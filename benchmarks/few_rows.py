@@ -22,10 +22,13 @@ LAYERS = 28
 ROWS = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
 
 
-def step_ms(packed: list[tuple[int, int, torch.Tensor]], rows: int, dtype: torch.dtype) -> float:
+Weights = list[tuple[int, int, torch.Tensor]]
+"""Outputs, inputs and handle of each."""
+
+
+def step_ms(packer: CpuPacker, packed: Weights, rows: int, dtype: torch.dtype) -> float:
     """One product by each weight."""
     inputs = {i: torch.randn(rows, i, dtype=dtype) for _, i in SHAPES}
-    packer = CpuPacker(exact=False)
     start = time.perf_counter()
     for outputs, width, handle in packed:
         packer.multiply(inputs[width], None, handle, outputs)
@@ -42,7 +45,9 @@ def main() -> None:
     layers = [(*shape, packer.pack(torch.randn(*shape, dtype=dtype)))
               for _ in range(LAYERS) for shape in SHAPES]  # fmt: skip
     packed = [(outputs, width, kernel.handle) for outputs, width, kernel in layers]
-    print(json.dumps({rows: min(step_ms(packed, rows, dtype) for _ in range(7)) for rows in ROWS}))
+    print(json.dumps({
+        rows: min(step_ms(packer, packed, rows, dtype) for _ in range(7)) for rows in ROWS
+    }))  # fmt: skip
 
 
 if __name__ == "__main__":

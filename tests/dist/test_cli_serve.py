@@ -11,12 +11,11 @@ import openai
 import psutil
 import pytest
 
-import vllm_graft
 from examples.custom_models.qwen3_torchtitan import ARCH
 from tests.dist.test_lifetimes import assert_all_end, members, started_by
-from tests.dist.test_worker_processes import MODELS
+from tests.dist.test_worker_processes import MODELS, of_one_rank
 from tests.serve.test_cli_serve import free_port, served, wait_until_up, with_tokenizer
-from tests.support import engine, generate, prompts, qwen3_checkpoint
+from tests.support import prompts, qwen3_checkpoint
 from vllm_graft.serve.registry import BUILT_IN
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -31,14 +30,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(checkpoint: Path) -> list[list[int]]:
-    return of_one_rank(checkpoint, ARCH)
-
-
-def of_one_rank(checkpoint: Path, arch: str) -> list[list[int]]:
-    """The tokens of one eager rank."""
-    vllm_graft.register(arch, BUILT_IN[arch])
-    with engine(checkpoint, arch, dtype="float32") as llm:
-        return [list(c.token_ids) for c in generate(llm, PROMPTS, max_tokens=16)]
+    return of_one_rank(checkpoint, ARCH, PROMPTS)
 
 
 def ask(client: openai.OpenAI) -> list[list[int]]:
@@ -61,7 +53,7 @@ def client_of(port: int) -> tuple[openai.OpenAI, list[str]]:
 def test_vllms_own_server_shards_what_the_environment_names(model, tmp_path, monkeypatch):
     arch, make, _ = MODELS[model]
     checkpoint, log = with_tokenizer(make(tmp_path / "checkpoint")), tmp_path / "server.log"
-    alone = of_one_rank(checkpoint, arch)
+    alone = of_one_rank(checkpoint, arch, PROMPTS)
     monkeypatch.setenv("VLLM_GRAFT_MODELS", json.dumps({arch: BUILT_IN[arch]}))
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     client, where = client_of(free_port())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import vllm_graft
@@ -26,13 +28,18 @@ MODELS = {
 }
 
 
+def of_one_rank(checkpoint: Path, arch: str, tokens: list[list[int]]) -> list[list[int]]:
+    """16 greedy tokens for each prompt, by one eager rank."""
+    vllm_graft.register(arch, BUILT_IN[arch])
+    with engine(checkpoint, arch, dtype="float32") as llm:
+        return [list(c.token_ids) for c in generate(llm, tokens, max_tokens=16)]
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_workers_shard_and_serve(model, tmp_path):
     arch, make, expert_parallel = MODELS[model]
     checkpoint, tokens = make(tmp_path / "checkpoint"), prompts((3, 40, 130))
-    vllm_graft.register(arch, BUILT_IN[arch])
-    with engine(checkpoint, arch, dtype="float32") as llm:
-        alone = [list(c.token_ids) for c in generate(llm, tokens, max_tokens=16)]
+    alone = of_one_rank(checkpoint, arch, tokens)
     options = {
         "tensor_parallel_size": 2, "enforce_eager": True, "enable_expert_parallel": expert_parallel,
     }  # fmt: skip

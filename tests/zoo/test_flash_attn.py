@@ -13,7 +13,7 @@ from torch import nn
 
 import vllm_graft
 from tests.support import spread_weights
-from tests.zoo.test_flex import FlexAttention, twin
+from tests.zoo.test_flex import FlexAttention, OneLayer, twin
 from tests.zoo.test_handwritten import D, LearnedPositions, N, check_served_and_trained
 from vllm_graft.families.written_out import WrittenOut
 
@@ -77,12 +77,6 @@ class Varlen(LearnedPositions):
         super().__init__()
         windowed = FlashAttention(flash_attn_varlen_func, window_size=WINDOW)
         self.h = nn.ModuleList([FlashAttention(flash_attn_varlen_func), windowed])
-
-
-class OneLayer(LearnedPositions):
-    def __init__(self, layer):
-        super().__init__()
-        self.h = nn.ModuleList([layer])
 
 
 @pytest.mark.engine

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -41,28 +42,17 @@ def _dense(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    dropout_p: float = 0.0,
-    softmax_scale: float | None = None,
-    causal: bool = False,
-    window_size: tuple[int, int] = (-1, -1),
-    softcap: float = 0.0,
-    **rest: Any,
+    *args: Any,
+    **kwargs: Any,
 ) -> torch.Tensor:
     """`flash_attn_func` on `[B, L, N, H]`."""
-    _refuse(rest)
-    window = _window(causal, window_size)
-    at = torch.arange(q.shape[1], device=q.device)
-    call = AttentionCall(
-        q=q.transpose(1, 2),
-        k=k.transpose(1, 2),
-        v=v.transpose(1, 2),
-        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
-        softcap=softcap or None,
-        hides=() if window[0] < 0 and window[1] <= 0 else (lambda: outside(at, window),),
-        is_causal=window == (-1, 0),
-        dropout=dropout_p,
+    call, window = _asked(
+        (q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)), *args, **kwargs
     )
-    return attend(call).transpose(1, 2)
+    at = torch.arange(q.shape[1], device=q.device)
+    limited = window[0] >= 0 or window[1] > 0
+    hides = (lambda: outside(at, window),) if limited else ()
+    return attend(replace(call, hides=hides, is_causal=window == (-1, 0))).transpose(1, 2)
 
 
 def _qkv_packed(attend: Attend, length: int, qkv: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -89,31 +79,37 @@ def _varlen(
     cu_seqlens_k: torch.Tensor,
     max_seqlen_q: int,
     max_seqlen_k: int,
+    *args: Any,
+    **kwargs: Any,
+) -> torch.Tensor:
+    """`flash_attn_varlen_func`, all rows one after another."""
+    call, window = _asked((q_TNH, k_TKH, v_TKH), *args, **kwargs)
+    hides = (lambda: apart(cu_seqlens_q, cu_seqlens_k, len(q_TNH), window),)
+    return by_rows(attend, length, replace(call, hides=hides))
+
+
+def _asked(
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     dropout_p: float = 0.0,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
     **rest: Any,
-) -> torch.Tensor:
-    """`flash_attn_varlen_func`, all rows one after another."""
+) -> tuple[AttentionCall, tuple[int, int]]:
+    """What all functions take behind their tensors: a call without a mask, and the window."""
     _refuse(rest)
-    window = _window(causal, window_size)
+    q, k, v = qkv
     call = AttentionCall(
-        q=q_TNH,
-        k=k_TKH,
-        v=v_TKH,
-        scale=q_TNH.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
+        q=q,
+        k=k,
+        v=v,
+        scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap or None,
-        hides=(lambda: apart(cu_seqlens_q, cu_seqlens_k, len(q_TNH), window),),
         dropout=dropout_p,
     )
-    return by_rows(attend, length, call)
-
-
-def _window(causal: bool, window_size: tuple[int, int]) -> tuple[int, int]:
     left, right = window_size
-    return left, 0 if causal else right
+    return call, (left, 0 if causal else right)
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -80,12 +80,22 @@ class PlainForCausalLM(VLLMModelForCausalLM):
             out: torch.Tensor = core(*(x.transpose(1, 2) for x in (call.q, call.k, call.v)))
             return out.transpose(1, 2)
 
+        logits = self._watched(rows, flat, attend)
+        return logits.view(*input_ids.shape, -1)
+
+    def _watched(
+        self,
+        rows: torch.Tensor,
+        at: torch.Tensor,
+        attend: Callable[[AttentionCall], torch.Tensor],
+    ) -> torch.Tensor:
+        """The model's logits of `[B, L]` at positions `[L]`, its attention answered by `attend`."""
+
         def place(line: Line) -> torch.Tensor | None:
-            return flat if line in self._placed else None
+            return at if line in self._placed else None
 
         with Calls(rows.shape[1], attend, place, self._written.__contains__):
-            logits = _run(self.model, rows, flat)
-        return logits.view(*input_ids.shape, -1)
+            return _run(self.model, rows, at)
 
     def prove(self, length: int) -> None:
         """Look at the model's masks for samples of up to `length` tokens, and take their windows.
@@ -139,12 +149,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
             return torch.zeros_like(call.q)
 
         tokens = _tokens(self.model, _LENGTHS[0])
-        at = _count(tokens) + first
-        with Calls(
-            len(at), attend, lambda line: at if line in self._placed else None,
-            self._written.__contains__,
-        ):  # fmt: skip
-            _run(self.model, tokens, at)
+        self._watched(tokens, _count(tokens) + first, attend)
         return seen
 
     @torch.no_grad()
@@ -221,8 +226,8 @@ def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
     if not sites:
         raise ValueError(
             f"{type(model).__name__} never calls scaled_dot_product_attention, flex_attention, "
-            "varlen_attn or nn.MultiheadAttention, and writes out no softmax(q @ k^T) @ v that "
-            "Graft knows"
+            "varlen_attn, flash-attn or nn.MultiheadAttention, and writes out no "
+            "softmax(q @ k^T) @ v that Graft knows"
         )
     return sites
 

@@ -103,8 +103,7 @@ class Packing:
         """Pack anew what changed since the last forward."""
         if self.watches:
             for packed in self._packed:
-                if not packed.released:
-                    packed.refresh()
+                packed.refresh()
 
     def changed(self) -> None:
         """Pack everything anew, however it was written."""

@@ -136,11 +136,11 @@ def _recomputing(model: nn.Module) -> Iterator[None]:
     """Activation checkpointing of every layer in the block, as trainers wrap them."""
     stacks = [m for m in model.modules() if isinstance(m, (nn.ModuleList, nn.ModuleDict))]
     layers = {layer for stack in stacks for layer in stack.children()}
-    with ExitStack() as stack:
+    with ExitStack() as undo:
         for layer in layers:
             own, mine = vars(layer).get("forward"), layer.forward
             layer.forward = partial(checkpoint, mine, use_reentrant=False)  # type: ignore[method-assign]
-            stack.callback(_restore, layer, own)
+            undo.callback(_restore, layer, own)
         yield
 
 

@@ -35,12 +35,21 @@ def adapt(model_or_factory: Any, config: Any = None) -> VLLMModelForCausalLM:
     if not isinstance(model, nn.Module):
         raise TypeError(f"the factory returned {type(model).__name__}, not an nn.Module")
     if is_transformers(model):
-        from vllm_graft.families.transformers import TransformersForCausalLM
-
-        return TransformersForCausalLM(model)
+        return _adapt_transformers(model)
     from vllm_graft.families.handwritten import PlainForCausalLM
 
     return PlainForCausalLM(model)
+
+
+def _adapt_transformers(model: Any) -> VLLMModelForCausalLM:
+    # The class says whether it asks Transformers' table of attention functions.
+    if getattr(model, "_supports_attention_backend", False):
+        from vllm_graft.families.transformers import TransformersForCausalLM
+
+        return TransformersForCausalLM(model)
+    from vllm_graft.families.transformers_plain import PlainTransformersForCausalLM
+
+    return PlainTransformersForCausalLM(model)
 
 
 def asks_for_adapt(model: nn.Module) -> bool:

@@ -127,7 +127,9 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) ->
     if allowed.whole(x.shape[:-1].numel()):
         return _multiply(aligned(x), weight, bias)
     flat = by_rows(lambda part: _multiply(part, weight, bias), x.flatten(0, -2), allowed)
-    return flat.view(*x.shape[:-1], -1)
+    # No view: a model may add in place to what its layer gave, which autograd allows for a whole.
+    shaped: torch.Tensor = torch.ops.aten._unsafe_view(flat, [*x.shape[:-1], flat.shape[-1]])
+    return shaped
 
 
 def _multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

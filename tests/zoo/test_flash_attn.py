@@ -111,6 +111,21 @@ def test_all_packed_with_scale_and_softcap():
         assert (layer(model.wte(rows)) - want).abs().max() < 1e-5  # float32
 
 
+def test_alibi_slopes():
+    slopes = torch.tensor([0.3, 0.1, 0.05, 0.02])
+    layer = FlashAttention(flash_attn_qkvpacked_func, N, alibi_slopes=slopes)
+    model, rows = spread_weights(OneLayer(layer)).eval(), torch.arange(40)[None]
+    [site] = vllm_graft.adapt(model).sites
+    assert site.alibi_slopes == pytest.approx(slopes.tolist())
+    q, k, v = (y.transpose(1, 2) for y in layer.projected(model.wte(rows)))
+    at = torch.arange(40)
+    scores = (D // N) ** -0.5 * q @ k.transpose(-2, -1) + slopes[:, None, None] * (at - at[:, None])
+    out = scores.masked_fill(at[:, None] < at, float("-inf")).softmax(-1) @ v
+    want = layer.c_proj(out.transpose(1, 2).flatten(2))
+    with WrittenOut():
+        assert (layer(model.wte(rows)) - want).abs().max() < 1e-5  # float32
+
+
 def test_without_a_watch_the_package_answers():
     vllm_graft.adapt(spread_weights(Dense()).eval())
     with pytest.raises(RuntimeError, match="only supports CUDA"):
@@ -122,7 +137,6 @@ def test_without_a_watch_the_package_answers():
     [
         ({"causal": False}, "attention is not causal"),
         ({"causal": False, "window_size": (4, 4)}, "its mask shows later tokens"),
-        ({"alibi_slopes": torch.ones(N)}, "flash-attn with alibi_slopes"),
         ({"return_attn_probs": True}, "flash-attn with return_attn_probs"),
     ],
 )

@@ -158,7 +158,17 @@ def test_score_mods_are_read_step_by_step(score_mod, mask_mod, softcap, scale):
 
 
 def alibi(score, b, h, i, j):
-    return score + 0.1 * (j - i)
+    return score + torch.tensor([0.3, 0.1, 0.05, 0.02])[h] * (j - i)
+
+
+def test_alibi_as_a_score_mod():
+    model = spread_weights(OneLayer(FlexAttention(causal, score_mod=alibi))).eval()
+    [site] = vllm_graft.adapt(model).sites  # tried out against torch's own flex_attention
+    assert site.alibi_slopes == pytest.approx([0.3, 0.1, 0.05, 0.02])
+
+
+def squared(score, b, h, i, j):
+    return score - 0.1 * (j - i) ** 2
 
 
 def sigmoid(score, b, h, i, j):
@@ -177,7 +187,7 @@ def of_positions(score, b, h, i, j):
         (FlexAttention(lambda b, h, i, j: (i >= j) & (i - j < 3 + h)), "differs between heads"),
         (FlexAttention(lambda b, h, i, j: (i >= j) & ((h == 0) | (i - j < 3))), "between heads"),
         (FlexAttention(lambda b, h, i, j: (i >= j) & (j != 2)), "neither causal nor a window"),
-        (FlexAttention(causal, score_mod=alibi), r"something is added .*\(a bias\)"),
+        (FlexAttention(causal, score_mod=squared), r"something is added .*\(a bias\)"),
         (FlexAttention(causal, score_mod=sigmoid), "sigmoid of attention scores is not"),
         (FlexAttention(causal, score_mod=of_positions), "score_mod returns something else"),
         (FlexAttention(causal, return_aux=AuxRequest(lse=True)), "return_lse or return_aux"),

@@ -12,6 +12,7 @@ from torch import nn
 import vllm_graft
 from tests.support import engine, generate, live_module, prompts, sampled_logprobs, spread_weights
 from tests.zoo.test_transformers import GPT2, _check_gradients, _gap
+from vllm_graft.families.handwritten import find_sites
 
 V, D, N = 512, 128, 4
 
@@ -122,6 +123,61 @@ class Softmax(LearnedPositions):
         self.h = nn.ModuleList(WrittenOut(softcap) for softcap in (None, 5.0))
 
 
+class EinsumAttention(Attention):
+    """Scores of `[B, L, N, H]`, weights before values or behind them."""
+
+    def __init__(self, scores, values):
+        super().__init__()
+        self.scores, self.values = scores, values
+
+    def forward(self, x, table=None):
+        q, k, v = self.c_attn(x).unflatten(-1, (3, N, D // N)).unbind(2)
+        operands = (q, k) if self.scores[1] == "q" else (k, q)
+        later = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        att = torch.einsum(self.scores, *operands) * (D // N) ** -0.5
+        att = att.masked_fill(later, float("-inf")).softmax(-1)
+        operands = (att, v) if self.values[3] == "k" else (v, att)
+        return self.c_proj(torch.einsum(self.values, *operands).flatten(2))
+
+
+class Functional(LearnedPositions):
+    """Products with bare parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.mix = nn.Parameter(torch.eye(D))
+
+    def forward(self, tokens):
+        x = self.wte(tokens) + self.embed_positions(tokens)
+        for block in self.h:
+            x = x + block(x) @ self.mix.T
+        return F.linear(x, self.wte.weight)
+
+
+class Einsum(LearnedPositions):
+    """Both products by `torch.einsum`."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.ModuleList([
+            EinsumAttention("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd"),
+            EinsumAttention("bkhd, bqhd -> bhqk", "bkhd,bhqk->bqhd"),
+        ])  # fmt: skip
+
+
+class Alibi(LearnedPositions):
+    """Slopes of the model's own in its mask, and none else that knows of positions."""
+
+    def forward(self, tokens):
+        x, i = self.wte(tokens), torch.arange(tokens.shape[1])
+        later = torch.zeros(len(i), len(i)).masked_fill(i[:, None] < i, float("-inf"))
+        bias = -torch.tensor([0.3, 0.1, 0.05, 0.0])[:, None, None] * (i[:, None] - i)
+        for block in self.h:
+            block.options = {"attn_mask": bias + later}
+            x = x + block(x)
+        return self.lm_head(x)
+
+
 class Masked(LearnedPositions):
     """A mask of the model's own: causal in one layer, a window of 24 in the other."""
 
@@ -151,7 +207,10 @@ class Encoder(LearnedPositions):
         return self.lm_head(self.h(x, mask=mask, is_causal=True))
 
 
-STYLES = (LearnedPositions, SlicedTable, Rotated, GivenPositions, Softmax, Masked, Encoder)
+STYLES = (
+    LearnedPositions, SlicedTable, Rotated, GivenPositions, Softmax, Einsum, Functional, Alibi,
+    Masked, Encoder,
+)  # fmt: skip
 
 
 def reference(model, rows):
@@ -251,12 +310,52 @@ class Cross(LearnedPositions):
         self.h = nn.ModuleList([self.Block()])
 
 
+def biased(bias):
+    """A model that adds `bias` to the scores of 11 tokens under a causal mask."""
+    later = torch.ones(11, 11, dtype=torch.bool).triu(1)
+    return LearnedPositions(attn_mask=(bias + torch.zeros(11, 11)).masked_fill(later, -math.inf))
+
+
+def test_a_parameter_without_values_is_named():
+    model = Functional().eval()
+    with torch.no_grad():
+        model.mix.fill_(math.nan)
+    with pytest.raises(ValueError, match=r"logits are not finite.* nan, is in mix;"):
+        vllm_graft.adapt(model)
+
+
+class LearnedSlopes(LearnedPositions):
+    """ALiBi whose slopes come with the checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.slopes = nn.Parameter(torch.full((N, 1, 1), 0.5))
+
+    def forward(self, tokens):
+        i = torch.arange(tokens.shape[1])
+        bias = (self.slopes * (i - i[:, None])).masked_fill(i[:, None] < i, -math.inf)
+        for block in self.h:
+            block.options = {"attn_mask": bias}
+        return super().forward(tokens)
+
+
+def test_slopes_that_are_learned_are_refused():
+    with pytest.raises(ValueError, match=r"h\.0: something learned is added to the scores"):
+        vllm_graft.adapt(LearnedSlopes().eval())
+
+
+def test_a_number_for_all_keys_of_a_query_changes_nothing():
+    row = torch.arange(11.0)[:, None].sqrt()
+    sites = find_sites(biased(row).eval())
+    assert [site.alibi_slopes for site in sites] == [None, None]
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [
         (lambda: LearnedPositions(is_causal=False), r"h\.0: attention is not causal"),
         (lambda: LearnedPositions(attn_mask=torch.zeros(1)), r"h\.0: its mask shows later"),
-        (lambda: LearnedPositions(attn_mask=torch.ones(1)), r"h\.0: something is added .*bias"),
+        (lambda: biased(torch.arange(11.0).square()), r"h\.0: something is added .*bias"),
         (
             lambda: LearnedPositions(attn_mask=torch.ones(11, 11).tril(-1).bool()),
             r"h\.0: its mask is neither causal nor a window",

@@ -56,6 +56,12 @@ ZOO = {
     "gpt_oss": SIZES
     | {"head_dim": 32, "sliding_window": 24, "num_local_experts": 4, "num_experts_per_tok": 2},
     "gpt_neox": SIZES | {"rotary_pct": 0.5},
+    # These do not ask the attention interface; their attention is found as in a hand-written model.
+    "bloom": {"vocab_size": 512, "hidden_size": 128, "n_layer": 2, "n_head": 4},
+    "mpt": {"vocab_size": 512, "d_model": 128, "n_layers": 2, "n_heads": 4, "max_seq_len": 512},
+    "falcon": SIZES | {"multi_query": True},
+    "gptj": GPT2 | {"rotary_dim": 16},
+    "stablelm": SIZES,
     "qwen3_moe": SIZES
     | {
         "head_dim": 32,
@@ -86,7 +92,7 @@ ZOO = {
 INEXACT = ("gpt_oss", "qwen3_moe", "deepseek_v3")
 """Transformers multiplies each expert with the tokens that chose it: another number of rows in
 the engine's batch than in training's, so float32 products are rounded in another order."""
-FAST = ("llama", "gpt2", "gemma2", "gpt_oss")
+FAST = ("llama", "gpt2", "gemma2", "gpt_oss", "mpt")
 
 
 def original(kind: str):
@@ -174,6 +180,29 @@ def test_a_latent_cache_is_refused_with_the_switch():
 
     with pytest.raises(ValueError, match="VLLM_MLA_DISABLE=1"):
         refuse_latent_cache(SimpleNamespace(model_config=SimpleNamespace(use_mla=True)))
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mpt"])
+def test_alibi_is_found(kind):
+    adapted = vllm_graft.adapt(original(kind))
+    adapted.prove(300)
+    slopes = [2.0 ** -(2 * head) for head in (1, 2, 3, 4)]  # of 4 heads, in the paper
+    assert [core.spec.alibi_slopes for core in adapted.cores] == [pytest.approx(slopes)] * 2
+
+
+LEAKY = {
+    "lfm2": SIZES | {"layer_types": ["conv", "full_attention"]},
+    "recurrent_gemma": SIZES | {"num_hidden_layers": 3, "head_dim": 32, "lru_width": 128},
+}
+
+
+@pytest.mark.parametrize("kind", LEAKY)
+def test_state_outside_attention_is_refused(kind):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **LEAKY[kind]))
+    with pytest.raises(ValueError, match="packed into one row give other logits than alone"):
+        vllm_graft.adapt(spread_weights(model).eval())
 
 
 def test_names_stay():

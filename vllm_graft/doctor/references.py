@@ -13,6 +13,7 @@ import torch
 from vllm_graft.adapting import call_factory
 from vllm_graft.doctor.engine import options, prefill
 from vllm_graft.doctor.sides import LeftOut, ModuleReference, Reference
+from vllm_graft.families.handwritten import logits_of
 from vllm_graft.families.written_out import WrittenOut
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.serve import _vllm_stock
@@ -136,9 +137,7 @@ def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Module
     def logits(tokens: torch.Tensor) -> torch.Tensor:
         named = {name: torch.arange(len(tokens)) for name in _POSITIONS if name in known}
         with written_out:
-            output: Any = model(tokens[None], **named)
-        first: torch.Tensor = output[0] if isinstance(output, tuple) else output
-        return first[0]
+            return logits_of(model(tokens[None], **named))[0]
 
     return ModuleReference(model, logits, "original", written_out.replaced)
 

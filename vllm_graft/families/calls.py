@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_graft.exact import linear
-from vllm_graft.families.masks import NotUnderstoodError, hidden_by, window_of
+from vllm_graft.families.masks import HIDES, NotUnderstoodError, slopes_of, window_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ class AttentionCall:
     softcap: float | None = None
     hides: tuple[Callable[[], torch.Tensor], ...] = ()
     """Its masks, True where a key is not seen; computed only where they are asked for."""
+    adds: tuple[Callable[[], torch.Tensor], ...] = ()
+    """What is added to its scores, behind scale and softcap: ALiBi, or numbers that hide."""
     is_causal: bool = False
     dropout: float = 0.0
     modified: Callable[[AttentionCall], AttentionCall] | None = None
@@ -59,6 +61,8 @@ class Site:
     softcap: float | None
     sliding_window: int | None
     """As far as the tokens of the probe show it."""
+    alibi_slopes: tuple[float, ...] | None
+    """One per query head."""
     masked: bool
     """Causal by a mask, which says nothing of longer samples than the probe's."""
     rotated: bool = False
@@ -81,10 +85,24 @@ def sdpa(
         k=k,
         v=v,
         scale=q.shape[-1] ** -0.5 if scale is None else float(scale),
-        hides=() if attn_mask is None else (lambda: hidden_by(attn_mask, False),),
+        **under(attn_mask, true_hides=False),
         is_causal=is_causal,
         dropout=dropout_p,
     )
+
+
+def under(mask: torch.Tensor | None, *, true_hides: bool) -> dict[str, Any]:
+    """A call's options for a mask: boolean, or numbers that are added to the scores.
+
+    Args:
+        mask: None for no mask.
+        true_hides: what True says in a boolean one.
+    """
+    if mask is None:
+        return {}
+    if mask.dtype != torch.bool:
+        return {"adds": (lambda: mask,)}
+    return {"hides": (lambda: mask if true_hides else ~mask,)}
 
 
 def multi_head(
@@ -119,7 +137,7 @@ def multi_head(
         k=k,
         v=v,
         scale=q.shape[-1] ** -0.5,
-        hides=() if mask is None else (lambda: hidden_by(mask, True),),
+        **under(mask, true_hides=True),
         dropout=a["dropout_p"] if a["training"] else 0.0,
     )
     out_LBD = attend(call).permute(2, 0, 1, 3).flatten(2)
@@ -148,28 +166,39 @@ def site_of(name: str, call: AttentionCall) -> Site:
             f"{name}: expected q [B, N, L, H] and k, v [B, K, L, H] for B=1 row, got {shapes}"
         )
     try:
-        window = _window(call)
+        window, slopes = _seen(call)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+    heads = q.shape[1]
     return Site(
         name=name,
-        num_heads=q.shape[1],
+        num_heads=heads,
         num_kv_heads=k.shape[1],
         head_dim=q.shape[3],
         scale=call.scale,
         softcap=call.softcap,
         sliding_window=window,
-        masked=bool(call.hides),
+        alibi_slopes=slopes * heads if slopes is not None and len(slopes) == 1 else slopes,
+        masked=bool(call.hides or call.adds),
     )
 
 
-def _window(call: AttentionCall) -> int | None:
-    if not call.hides:
+def _seen(call: AttentionCall) -> tuple[int | None, tuple[float, ...] | None]:
+    """The window and the slopes of all that happens to its scores."""
+    if not (call.hides or call.adds):
         if call.is_causal:
-            return None
+            return None, None
         raise ValueError("attention is not causal; it cannot be served from a KV cache")
     length = call.q.shape[2]
-    hidden = torch.zeros(length, length, dtype=torch.bool, device=call.q.device)
+    hidden = torch.full((length, length), call.is_causal, device=call.q.device).triu(1)
     for hides in call.hides:
         hidden = hidden | hides()
-    return window_of(hidden, length)
+    added = [adds() for adds in call.adds]
+    if any(number.requires_grad for number in added):
+        raise ValueError("something learned is added to the scores")
+    for number in added:
+        hidden = hidden | (number <= HIDES)
+    window = window_of(hidden, length)
+    at = torch.arange(length, device=hidden.device)
+    behind = at[:, None] - at
+    return window, slopes_of(added, (behind < 0) | (behind >= (window or length)))

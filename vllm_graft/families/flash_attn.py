@@ -95,11 +95,14 @@ def _asked(
     causal: bool = False,
     window_size: tuple[int, int] = (-1, -1),
     softcap: float = 0.0,
+    alibi_slopes: torch.Tensor | None = None,
     **rest: Any,
 ) -> tuple[AttentionCall, tuple[int, int]]:
     """What all functions take behind their tensors: a call without a mask, and the window."""
     _refuse(rest)
     q, k, v = qkv
+    length = q.shape[2] if q.dim() == 4 else q.shape[0]
+    adds = () if alibi_slopes is None else (lambda: _alibi(alibi_slopes, length),)
     call = AttentionCall(
         q=q,
         k=k,
@@ -107,9 +110,16 @@ def _asked(
         scale=q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale,
         softcap=softcap or None,
         dropout=dropout_p,
+        adds=adds,
     )
     left, right = window_size
     return call, (left, 0 if causal else right)
+
+
+def _alibi(slopes_N: torch.Tensor, length: int) -> torch.Tensor:
+    """`[N, L, L]`, or `[B, N, L, L]` of `[B, N]`: what flash-attn adds for those slopes."""
+    at = torch.arange(length, device=slopes_N.device)
+    return -slopes_N[..., None, None] * (at[:, None] - at).abs()
 
 
 def _refuse(options: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, cast
 
@@ -22,15 +22,12 @@ from vllm_graft.attention.core import CoreAttention
 from vllm_graft.families.calls import AttentionCall, Site, site_of
 from vllm_graft.families.masks import NotUnderstoodError
 from vllm_graft.families.probe import Calls, Line
+from vllm_graft.families.trial import LENGTHS, check_packed, near, tokens_of
 from vllm_graft.families.written_out import WrittenOut
 from vllm_graft.model import VLLMModelForCausalLM
-from vllm_graft.positions import current_batch, packed
+from vllm_graft.positions import current_batch
 
-_LENGTHS = (11, 13)
-"""Two, so that a count that follows the tokens differs from one that only looks so."""
 _POSITION_ARGUMENTS = ("positions", "position_ids", "input_pos")
-_LIMIT = {torch.float32: 1e-3, torch.float64: 1e-6}
-"""Largest difference over the largest logit: another order of sums, not another result."""
 
 
 class PlainForCausalLM(VLLMModelForCausalLM):
@@ -52,7 +49,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         self._placed, self._written = _find_lines(model)
         self.sites = self._with_rope(self.sites)
         self.cores = nn.ModuleList(_core(site) for site in self.sites)
-        self._proven = _LENGTHS[0] if any(site.masked for site in self.sites) else sys.maxsize
+        self._proven = LENGTHS[0] if any(site.masked for site in self.sites) else sys.maxsize
         self._try_out()
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -77,7 +74,9 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         def attend(call: AttentionCall) -> torch.Tensor:
             core: Any = next(queue)
             core.dropout = call.dropout
-            out: torch.Tensor = core(*(x.transpose(1, 2) for x in (call.q, call.k, call.v)))
+            # Transformers repeats grouped heads where it has a mask, and not where it has none.
+            k, v = (x[:, :: x.shape[1] // core.num_kv_heads] for x in (call.k, call.v))
+            out: torch.Tensor = core(*(x.transpose(1, 2) for x in (call.q, k, v)))
             return out.transpose(1, 2)
 
         logits = self._watched(rows, flat, attend)
@@ -94,7 +93,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         def place(line: Line) -> torch.Tensor | None:
             return at if line in self._placed else None
 
-        with Calls(rows.shape[1], attend, place, self._written.__contains__):
+        with Calls(rows.shape, attend, place, self._written.__contains__):
             return _run(self.model, rows, at)
 
     def prove(self, length: int) -> None:
@@ -108,6 +107,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
             return
         for core, site in zip(self.cores, find_sites(self.model, length), strict=True):
             cast(CoreAttention, core).set_window(site.sliding_window)
+            _check_slopes(cast(CoreAttention, core).spec.alibi_slopes, site)
         self._proven = length
 
     def compute_logits(
@@ -135,7 +135,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         for site, (q, score), (moved, same) in zip(
             sites, self._scored(0), self._scored(1), strict=True
         ):
-            turned = not _near(q, moved) and _near(score, same)
+            turned = not near(q, moved) and near(score, same)
             marked.append(replace(site, rotated=turned))
         return marked
 
@@ -148,38 +148,27 @@ class PlainForCausalLM(VLLMModelForCausalLM):
             seen.append((call.q, call.q @ k.transpose(-2, -1)))
             return torch.zeros_like(call.q)
 
-        tokens = _tokens(self.model, _LENGTHS[0])
+        tokens = _tokens(self.model, LENGTHS[0])
         self._watched(tokens, _count(tokens) + first, attend)
         return seen
 
     @torch.no_grad()
     def _try_out(self) -> None:
-        first, second = (_tokens(self.model, length) for length in _LENGTHS)
+        samples = [_tokens(self.model, length) for length in LENGTHS]
         with WrittenOut():
-            want = torch.cat([_run(self.model, x, _count(x))[0] for x in (first, second)])
-        borders = torch.tensor([0, _LENGTHS[0], sum(_LENGTHS)])
-        with packed(borders):
-            got = self(torch.cat([first[0], second[0]]))
-        difference = _apart(got, want)
-        if not difference <= _limit(want):
-            raise ValueError(
-                f"{type(self.model).__name__}: two samples packed into one row give other logits "
-                f"than alone, by {difference:.2g} of the largest. Usual causes: positions that are "
-                "counted in a way Graft does not see (pass `positions` to forward), state outside "
-                "attention, attention that Graft does not know"
-            )
+            want = torch.cat([_run(self.model, rows, _count(rows))[0] for rows in samples])
+        check_packed(self, [rows[0] for rows in samples], want)
 
 
-def _apart(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got - want).abs().max() / want.abs().max())
-
-
-def _limit(of: torch.Tensor) -> float:
-    return _LIMIT.get(of.dtype, 5e-2)
-
-
-def _near(got: torch.Tensor, want: torch.Tensor) -> bool:
-    return _apart(got, want) <= _limit(want)
+def _check_slopes(known: Sequence[float] | None, site: Site) -> None:
+    """Refuse a bias that came with the checkpoint, or follows the length of a sample."""
+    if known != site.alibi_slopes and not near(
+        *(torch.tensor(slopes or (0.0,)) for slopes in (known, site.alibi_slopes))
+    ):
+        raise ValueError(
+            f"{site.name}: ALiBi's slopes were {known} when the model was adapted and are "
+            f"{site.alibi_slopes} now; they must not be learned, nor follow a sample's length"
+        )
 
 
 def _core(site: Site) -> CoreAttention:
@@ -190,11 +179,11 @@ def _core(site: Site) -> CoreAttention:
         scale=site.scale,
         softcap=site.softcap,
         sliding_window=site.sliding_window,
+        alibi_slopes=site.alibi_slopes,
     )
 
 
-@torch.no_grad()
-def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
+def find_sites(model: nn.Module, length: int = LENGTHS[0]) -> list[Site]:
     """Run `model` on `length` tokens and record its attention calls.
 
     Raises:
@@ -216,7 +205,8 @@ def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
 
     tokens = _tokens(model, length)
     try:
-        with Calls(length, attend):
+        # Short samples with gradients: they show what of a bias is learned.
+        with Calls(tokens.shape, attend), torch.set_grad_enabled(length in LENGTHS):
             _run(model, tokens, _count(tokens))
     except NotUnderstoodError as error:
         raise ValueError(f"{running[-1]}: {error}") from None
@@ -236,9 +226,9 @@ def find_sites(model: nn.Module, length: int = _LENGTHS[0]) -> list[Site]:
 def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
     """Lines that count the tokens and nothing else, and those that multiply queries by keys."""
     placed, written = [], []
-    for length in _LENGTHS:
-        calls = Calls(length, lambda call: torch.zeros_like(call.q))
+    for length in LENGTHS:
         tokens = _tokens(model, length)
+        calls = Calls(tokens.shape, lambda call: torch.zeros_like(call.q))
         with calls:
             _run(model, tokens, _count(tokens))
         placed.append(calls.follows - calls.others)
@@ -248,9 +238,18 @@ def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
 
 def _run(model: nn.Module, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     known = inspect.signature(model.forward).parameters
-    named = {n: positions for n in _POSITION_ARGUMENTS if n in known}
-    output: Any = model(rows, **named)
-    logits: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    named: dict[str, Any] = dict.fromkeys((n for n in _POSITION_ARGUMENTS if n in known), positions)
+    if "position_ids" in named:  # Transformers' name, and its shape
+        named["position_ids"] = positions.expand(rows.shape)
+    if "use_cache" in known:
+        named["use_cache"] = False
+    return logits_of(model(rows, **named))
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """Logits of what a model returns: these alone, first in a tuple, or by their name."""
+    first = output[0] if isinstance(output, tuple) else output
+    logits: torch.Tensor = first if isinstance(first, torch.Tensor) else first.logits
     return logits
 
 
@@ -258,8 +257,7 @@ def _tokens(model: nn.Module, length: int) -> torch.Tensor:
     table = next((m for m in model.modules() if isinstance(m, nn.Embedding)), None)
     if table is None:
         raise ValueError(f"{type(model).__name__} has no nn.Embedding, so it takes no token ids")
-    device = table.weight.device
-    return (torch.arange(length, device=device) * 7 % table.num_embeddings)[None]
+    return tokens_of(table, length)[None]
 
 
 def _count(rows: torch.Tensor) -> torch.Tensor:

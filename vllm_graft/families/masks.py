@@ -1,9 +1,11 @@
-"""What the mask of an attention call hides: the future, what lies before a window, or else.
+"""What an attention call does to its scores: hides the future, or what lies before a window; ALiBi.
 
-Legend: L length.
+Legend: L length, N query heads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
@@ -16,24 +18,39 @@ HIDES = -1e4
 """Scores with this much or more taken away have no weight."""
 
 
-def hidden_by(mask: torch.Tensor, true_hides: bool) -> torch.Tensor:
-    """Which scores `mask` hides, boolean, in the mask's shape.
+def slopes_of(added: Sequence[torch.Tensor], hidden: torch.Tensor) -> tuple[float, ...] | None:
+    """ALiBi's slopes, one per head, of all that is added to scores; None if it only hides.
+
+    A number that a query adds for all its keys changes no softmax, so each row counts from the
+    query's own key. A bias may be rounded in its dtype; the slope is that of the line through it.
 
     Args:
-        mask: boolean, or numbers that are added to the scores.
-        true_hides: what True says in a boolean mask.
+        added: each `[N, L, L]` or what broadcasts to it.
+        hidden: `[L, L]`, True where a key is not seen; causal.
 
     Raises:
-        ValueError: it adds something other than 0 or minus infinity.
+        ValueError: it does not fall by one slope per token of distance.
     """
-    if mask.dtype == torch.bool:
-        return mask if true_hides else ~mask
-    hidden = mask <= HIDES
-    if not bool((hidden | (mask == 0)).all()):
+    whole = sum((torch.where(hidden, 0, x) for x in added), torch.zeros_like(hidden))
+    if not bool(whole.any()):
+        return None
+    eps = max(torch.finfo(x.dtype).eps for x in (*added, torch.ones(1)) if x.is_floating_point())
+    slopes = tuple(_slope(head, hidden, eps) for head in whole.reshape(-1, *hidden.shape))
+    return slopes if any(slopes) else None
+
+
+def _slope(head: torch.Tensor, hidden: torch.Tensor, eps: float) -> float:
+    at = torch.arange(len(head), device=head.device)
+    distance = (at[:, None] - at).masked_fill(hidden, 0).double()
+    fallen = (head.diagonal()[:, None] - head).masked_fill(hidden, 0).double()
+    slope = float((fallen * distance).sum() / distance.square().sum().clamp(min=1))
+    off = float((fallen - slope * distance).abs().max())
+    if not off <= 4 * eps * float(head.abs().max()):
         raise ValueError(
-            "something is added to the scores that is neither 0 nor minus infinity (a bias)"
+            "something is added to the scores that is neither 0 nor minus infinity (a bias), nor "
+            f"ALiBi: it lies {off:.2g} beside the line of slope {slope:.4g}"
         )
-    return hidden
+    return slope
 
 
 def window_of(hidden: torch.Tensor, length: int) -> int | None:

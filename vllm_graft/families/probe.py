@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,7 +19,8 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.attention.varlen import varlen_attn
 
-from vllm_graft.families import flash_attn, scores
+from vllm_graft.exact import linear
+from vllm_graft.families import einsum, flash_attn, scores
 from vllm_graft.families.calls import AttentionCall, multi_head, sdpa
 from vllm_graft.families.flex import flex, varlen
 from vllm_graft.families.scores import Scores
@@ -29,35 +29,39 @@ from vllm_graft.families.visible import Watch
 Line = tuple[str, int]
 """File and number of a source line."""
 _TORCH = os.path.join(os.path.dirname(torch.__file__), "")
+_GRAFT = os.path.join(os.path.dirname(os.path.dirname(__file__)), "")
+_MASKS = os.path.join("transformers", "masking_utils.py")
 _FORMS: dict[Any, Callable[..., AttentionCall]] = {
     F.scaled_dot_product_attention: sdpa,
     flex_attention: flex,
 }
 _PRODUCTS = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.bmm,
              torch.Tensor.bmm)  # fmt: skip
+_ADDED_PRODUCTS = (torch.baddbmm, torch.Tensor.baddbmm)
 
 
 class Calls(Watch):
-    """Watch a forward on `length` tokens: give attention to `attend`, positions to `place`.
+    """Watch a forward on token ids: give attention to `attend`, positions to `place`.
 
     Args:
-        length: tokens of each row.
+        shape: `[B, L]` of the token ids.
         attend: takes each attention call, returns its result `[B, N, L, H]`.
         place: gets the line of each call that may count the tokens, returns the positions
-            `[length]` to take instead; None leaves the call alone.
+            `[L]` to take instead; None leaves the call alone.
         writes: whether a line begins attention that is written out, if its product has the
             shape of scores.
     """
 
     def __init__(
         self,
-        length: int,
+        shape: torch.Size,
         attend: Callable[[AttentionCall], torch.Tensor],
         place: Callable[[Line], torch.Tensor | None] = lambda _: None,
         writes: Callable[[Line], bool] = lambda _: True,
     ) -> None:
         super().__init__()
-        self.length, self.attend, self.place, self.writes = length, attend, place, writes
+        self.rows, self.length = shape
+        self.attend, self.place, self.writes = attend, place, writes
         self.follows: set[Line] = set()
         """Lines with a call whose result is as long as the tokens."""
         self.others: set[Line] = set()
@@ -76,16 +80,20 @@ class Calls(Watch):
         attention = self._attention(func)
         if attention is not None:
             return attention(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2:
-            return self._product(func, args, kwargs)
+        weighted = _weighted(func, args, kwargs)
+        if weighted is not None:
+            return weighted
+        written = self._written(func, args, kwargs)
+        if written is not None:
+            return written
         if any(isinstance(x, Scores) for x in args):
             return scores.change(func, args, kwargs)
         result = func(*args, **kwargs)
         if func not in (torch.arange, torch.Tensor.__getitem__):
             return result
         line = _caller()
-        if line[0].startswith(_TORCH):  # indices of a block mask, not a model's positions
-            return result
+        if line[0].startswith(_TORCH) or line[0].endswith(_MASKS):
+            return result  # indices of a mask, not a model's positions
         if func is torch.arange:
             return self._arange(line, result)
         return self._slice(line, args[0], args[1], result)
@@ -102,25 +110,65 @@ class Calls(Watch):
         flash = flash_attn.handler(func)
         return None if flash is None else partial(flash, self.attend, self.length)
 
-    def _product(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        left, right = args
-        if isinstance(left, Scores):
-            call = replace(scores.weights(left), v=right)
-            if left.dim() == 4:
-                return self.attend(call)
-            # `[B, L, H]`, one head that has a module of its own.
-            q, k, v = (x.unsqueeze(1) for x in (call.q, call.k, right))
-            return self.attend(replace(call, q=q, k=k, v=v)).squeeze(1)
-        line = _caller()
-        if self._shaped_as_scores(left, right) and self.writes(line):
-            self.products.add(line)
-            return scores.begin(left, right.transpose(-2, -1))
-        return func(*args, **kwargs)
+    def _written(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The result of a step of attention that is written out; None if `func` is none."""
+        if func in _PRODUCTS and len(args) == 2:
+            left, right = args
+            if isinstance(left, Scores):
+                return self._meet(left, right)
+            return self._begin(left, right.transpose(-2, -1))
+        if func in _ADDED_PRODUCTS:
+            return self._added_product(*args, **kwargs)
+        if func is torch.einsum and isinstance(args[0], str):
+            return self._einsum(*args)
+        return None
 
-    def _shaped_as_scores(self, left: torch.Tensor, right: torch.Tensor) -> bool:
-        if isinstance(right, torch.nn.Parameter) or not left.dim() == right.dim() in (3, 4):
+    def _begin(self, q: torch.Tensor, k: torch.Tensor) -> Scores | None:
+        line = _caller(_TORCH)  # `torch.einsum` is Python
+        if not self._gives_scores(q, k) or not self.writes(line):
+            return None
+        self.products.add(line)
+        return scores.begin(q, k, self.rows)
+
+    def _meet(self, weights: Scores, v: torch.Tensor) -> torch.Tensor:
+        out = self.attend(scores.meet(weights, v, self.rows))
+        return out if v.dim() == 4 else out.flatten(0, 1)
+
+    def _added_product(
+        self,
+        input: torch.Tensor,
+        batch1: torch.Tensor,
+        batch2: torch.Tensor,
+        *,
+        beta: float = 1.0,
+        alpha: float = 1.0,
+    ) -> Scores | None:
+        product = self._begin(batch1, batch2.transpose(-2, -1))
+        if product is None:
+            return None
+        scaled: Scores = scores.change(torch.mul, (product, alpha), {})
+        added: Scores = scores.change(torch.add, (scaled, input), {"alpha": beta})
+        return added if beta else scaled
+
+    def _einsum(self, equation: str, *operands: Any) -> Any:
+        if isinstance(operands[0], (list, tuple)):
+            [operands] = operands
+        product = einsum.read(equation, [x.dim() for x in operands])
+        if product is None:
+            return None
+        left, right = operands
+        if isinstance(right, Scores) or not (product.of_scores() or isinstance(left, Scores)):
+            product, left, right = product.swapped(), right, left
+        if isinstance(left, Scores):
+            return product.result(self._meet(left, product.values(right)))
+        if product.of_scores():
+            return self._begin(product.rows(left), product.columns(right))
+        return None
+
+    def _gives_scores(self, q: torch.Tensor, k: torch.Tensor) -> bool:
+        if q.dim() != k.dim() or q.dim() not in (3, 4) or _is_parameter(k):
             return False
-        return left.shape[-2] == right.shape[-1] == self.length
+        return q.shape[-2] == k.shape[-2] == self.length
 
     def _arange(self, line: Line, result: torch.Tensor) -> torch.Tensor:
         at = self.place(line)
@@ -148,9 +196,29 @@ class Calls(Watch):
         return result
 
 
-def _caller() -> Line:
+def _weighted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
+    """A product with a parameter, whose rows then do not depend on how many there are."""
+    if func is F.linear and not _caller()[0].startswith(_GRAFT):  # else it is exact already
+        return _linear(*args, **kwargs)
+    if func not in _PRODUCTS or len(args) != 2 or args[1].dim() != 2 or args[0].dim() < 2:
+        return None
+    left, right = args
+    return linear(left, right.t(), None) if _is_parameter(right) else None
+
+
+def _linear(
+    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    return linear(input, weight, bias)
+
+
+def _is_parameter(x: torch.Tensor) -> bool:
+    return isinstance(x, torch.nn.Parameter) or isinstance(x._base, torch.nn.Parameter)
+
+
+def _caller(*skipped: str) -> Line:
     frame: Any = sys._getframe(1)
-    while frame.f_code.co_filename == __file__:
+    while frame.f_code.co_filename.startswith((__file__, *skipped)):
         frame = frame.f_back
     return frame.f_code.co_filename, frame.f_lineno
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from vllm_graft.families.calls import AttentionCall
-from vllm_graft.families.masks import HIDES, NotUnderstoodError, hidden_by
+from vllm_graft.families.masks import HIDES, NotUnderstoodError
 
 
 class Scores(torch.Tensor):
@@ -47,10 +48,39 @@ class Scores(torch.Tensor):
         )
 
 
-def begin(q: torch.Tensor, k: torch.Tensor) -> Scores:
-    """The scores of q and k, `[B, N, L, H]` or `[B, L, H]`."""
+def begin(q: torch.Tensor, k: torch.Tensor, rows: int) -> Scores:
+    """The scores of q and k, `[B, N, L, H]` or `[B * N, L, H]` for B rows."""
     shape = torch.Size([*q.shape[:-1], k.shape[-2]])
+    q, k = (apart(x, rows) for x in (q, k))
     return Scores(AttentionCall(q=q, k=k, v=k), shape)
+
+
+def apart(x: torch.Tensor, rows: int) -> torch.Tensor:
+    """`[B, N, L, H]` of that, or of `[B * N, L, H]` for B rows.
+
+    Raises:
+        NotUnderstoodError: several rows whose heads may lie in either order.
+    """
+    if x.dim() == 4:
+        return x
+    if rows > 1 and len(x) != rows:
+        raise NotUnderstoodError(
+            f"attention on {tuple(x.shape)}: heads and {rows} rows in one dimension; give samples "
+            "in one row, inside vllm_graft.packed(...)"
+        )
+    unfolded: torch.Tensor = x.unflatten(0, (rows, -1))
+    return unfolded
+
+
+def meet(scores: Scores, v: torch.Tensor, rows: int) -> AttentionCall:
+    """The call that `scores` have become when they meet the values, of a shape like q's.
+
+    Raises:
+        NotUnderstoodError: before a softmax.
+    """
+    if not scores.softmaxed:
+        raise NotUnderstoodError("attention scores meet the values without a softmax")
+    return replace(scores.call, v=apart(v, rows))
 
 
 def follow(function: Callable[..., Any], *args: Any) -> Any:
@@ -79,17 +109,6 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return func(*args, **kwargs)
 
 
-def weights(scores: Scores) -> AttentionCall:
-    """The call that `scores` have become when they meet the values.
-
-    Raises:
-        NotUnderstoodError: before a softmax.
-    """
-    if not scores.softmaxed:
-        raise NotUnderstoodError("attention scores meet the values without a softmax")
-    return scores.call
-
-
 def change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What `func`, called by the model on a `Scores`, makes of it.
 
@@ -104,6 +123,8 @@ def change(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise NotUnderstoodError(f"{name} of attention scores is not understood")
     name = func.__name__
     at = next(i for i, x in enumerate(args) if isinstance(x, Scores))
+    if at and step not in (_multiply, _add, _where):
+        raise NotUnderstoodError(f"{name} with attention scores as argument {at} is not understood")
     scores = args[at]
     rest = args[:at] + args[at + 1 :]
     if func is torch.where and at == 2:
@@ -138,9 +159,15 @@ def _number(factor: Any) -> float:
 
 def _multiply(scores: Scores, factor: Any) -> Scores:
     call, number = _before_softmax(scores), _number(factor)
+    adds = tuple(partial(_times, add, number) for add in call.adds)
     if call.softcap is not None:
-        return _with(scores, scale=call.scale * number, softcap=call.softcap * number)
-    return _with(scores, scale=call.scale * number)
+        softcap = call.softcap * number
+        return _with(scores, scale=call.scale * number, softcap=softcap, adds=adds)
+    return _with(scores, scale=call.scale * number, adds=adds)
+
+
+def _times(add: Callable[[], torch.Tensor], number: float) -> torch.Tensor:
+    return add() * number
 
 
 def _divide(scores: Scores, factor: Any) -> Scores:
@@ -149,8 +176,8 @@ def _divide(scores: Scores, factor: Any) -> Scores:
 
 def _tanh(scores: Scores) -> Scores:
     call = _before_softmax(scores)
-    if call.softcap is not None or call.hides:
-        raise NotUnderstoodError("tanh of attention scores comes twice, or after a mask")
+    if call.softcap is not None or call.hides or call.adds:
+        raise NotUnderstoodError("tanh of attention scores comes twice, or after a mask or a bias")
     return _with(scores, softcap=1.0)
 
 
@@ -167,11 +194,13 @@ def _where(scores: Scores, mask: torch.Tensor, value: Any) -> Scores:
     return _hide(scores, ~mask, value)
 
 
-def _add(scores: Scores, mask: Any) -> Scores:
-    def hidden() -> torch.Tensor:
-        return hidden_by(torch.as_tensor(mask), True)
+def _add(scores: Scores, other: Any, alpha: float = 1.0) -> Scores:
+    added = alpha * torch.as_tensor(other)
+    return _with(scores, adds=(*_before_softmax(scores).adds, lambda: added))
 
-    return _with(scores, hides=(*_before_softmax(scores).hides, hidden))
+
+def _subtract(scores: Scores, other: Any, alpha: float = 1.0) -> Scores:
+    return _add(scores, other, -alpha)
 
 
 def _softmax(scores: Scores, dim: int | None = None, *_: Any, **__: Any) -> Scores:
@@ -188,6 +217,13 @@ def _dropout(
     if not scores.softmaxed and training and p:
         raise NotUnderstoodError("dropout of attention scores before the softmax")
     return _with(scores, dropout=float(p) if training else 0.0)
+
+
+def _view(scores: Scores, *shape: Any) -> Scores:
+    new = torch.empty(scores.shape, device="meta").view(*shape).shape
+    if new[-2:] != scores.shape[-2:]:
+        raise NotUnderstoodError(f"attention scores {tuple(scores.shape)} become {tuple(new)}")
+    return Scores(scores.call, new, scores.softmaxed)
 
 
 def _same(scores: Scores, *_: Any, **__: Any) -> Scores:
@@ -208,6 +244,10 @@ _STEPS: dict[Any, Callable[..., Scores]] = {
         (torch.add, torch.Tensor.add, torch.Tensor.add_, torch.Tensor.__add__,
          torch.Tensor.__radd__, torch.Tensor.__iadd__), _add,
     ),
+    **dict.fromkeys(
+        (torch.sub, torch.Tensor.sub, torch.Tensor.sub_, torch.Tensor.__sub__,
+         torch.Tensor.__isub__), _subtract,
+    ),
     **dict.fromkeys((torch.tanh, torch.Tensor.tanh, F.tanh), _tanh),
     **dict.fromkeys(
         (torch.masked_fill, torch.Tensor.masked_fill, torch.Tensor.masked_fill_), _hide
@@ -215,6 +255,7 @@ _STEPS: dict[Any, Callable[..., Scores]] = {
     torch.where: _where,
     **dict.fromkeys((torch.softmax, torch.Tensor.softmax, F.softmax), _softmax),
     F.dropout: _dropout,
+    **dict.fromkeys((torch.Tensor.view, torch.Tensor.reshape), _view),
     **dict.fromkeys(
         (torch.Tensor.float, torch.Tensor.to, torch.Tensor.type_as, torch.Tensor.contiguous), _same
     ),

@@ -10,7 +10,7 @@ heads, H head dim.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,8 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.exact import linear
-from vllm_graft.families.transformers_names import CheckpointNames
+from vllm_graft.families.transformers_names import SavedByTransformers
+from vllm_graft.families.trial import LENGTHS, check_packed, packed_logits, tokens_of
 from vllm_graft.model import VLLMModelForCausalLM
 from vllm_graft.positions import current_batch
 
@@ -48,7 +49,7 @@ class AttentionSite:
     has_sinks: bool
 
 
-class TransformersForCausalLM(VLLMModelForCausalLM):
+class TransformersForCausalLM(SavedByTransformers, VLLMModelForCausalLM):
     """A Transformers model, `*ForCausalLM`, behind the Custom Model API.
 
     Args:
@@ -58,7 +59,8 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         sites: the attention found, in the order of the forward.
 
     Raises:
-        ValueError: attention that asks for what `CoreAttention` does not do.
+        ValueError: attention that asks for what `CoreAttention` does not do, or samples that see
+            each other when they are packed.
     """
 
     supports_tp: ClassVar[bool] = False
@@ -66,13 +68,14 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
     def __init__(self, model: Any) -> None:
         super().__init__()
         self.model = model
-        self.names = CheckpointNames(model)
         _register()
         model.set_attn_implementation(INTERFACE)
         self.sites = find_sites(model)
         _make_exact(model)
         for site in self.sites:
             model.get_submodule(site.name).add_module(CORE, _core(site))
+        first, second = (tokens_of(model.get_input_embeddings(), length) for length in LENGTHS)
+        check_packed(self, [first, second], packed_logits(self, [second]))
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed token ids `[T]` to `[T, D]`."""
@@ -100,24 +103,6 @@ class TransformersForCausalLM(VLLMModelForCausalLM):
         with _gives(self.model.base_model, hidden_states[None]):
             logits: torch.Tensor = self.model(inputs_embeds=hidden_states[None]).logits
         return logits[0]
-
-    def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Load a checkpoint under the names that Transformers saves it with.
-
-        Raises:
-            WeightError: a tensor is missing or has another shape.
-        """
-        from vllm_graft.weights.load import load_external_weights
-
-        stream = self.names.fused(weights_iter)
-        report = load_external_weights(self.model, stream, self.names.mapping).report
-        return {f"model.{name}" for name in report.loaded.values()}
-
-    def split_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """Take apart again what `load_weights` joins; `Contents` exports through it."""
-        return self.names.split(weights)
 
 
 def _make_exact(model: nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +73,39 @@ class CheckpointNames:
             firsts = sorted(parts)
             for first, end in zip(firsts, [*firsts[1:], len(tensor)], strict=True):
                 yield parts[first], tensor[first:end]
+
+
+class SavedByTransformers:
+    """Loads and exports the parameters of `model` as Transformers saves them.
+
+    Attributes:
+        model: the Transformers model.
+    """
+
+    model: Any
+
+    @cached_property
+    def names(self) -> CheckpointNames:
+        """What a checkpoint calls the model's tensors."""
+        return CheckpointNames(self.model)
+
+    def load_weights(self, weights_iter: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint under the names that Transformers saves it with.
+
+        Raises:
+            WeightError: a tensor is missing or has another shape.
+        """
+        from vllm_graft.weights.load import load_external_weights
+
+        stream = self.names.fused(weights_iter)
+        report = load_external_weights(self.model, stream, self.names.mapping).report
+        return {f"model.{name}" for name in report.loaded.values()}
+
+    def split_weights(
+        self, weights: Iterable[tuple[str, torch.Tensor]]
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """Take apart again what `load_weights` joins; `Contents` exports through it."""
+        return self.names.split(weights)
 
 
 def _fused_name(name: str, piece: Piece) -> str:

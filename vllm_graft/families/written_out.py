@@ -62,6 +62,8 @@ def written_out(call: AttentionCall) -> torch.Tensor:
     scores = call.q @ k.transpose(-2, -1) * call.scale
     if call.softcap is not None:
         scores = call.softcap * torch.tanh(scores / call.softcap)
+    for add in call.adds:
+        scores = scores + add()
     hidden = [hides() for hides in call.hides]
     if call.is_causal:
         hidden.append(torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1))

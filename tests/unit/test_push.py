@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import multiprocessing
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,9 +15,10 @@ import torch
 import vllm_graft
 from vllm_graft import WeightError
 from vllm_graft.serve import _vllm_routes
-from vllm_graft.train import segment
+from vllm_graft.train import push, segment
 from vllm_graft.train.push import check_same
 from vllm_graft.train.segment import Segment, read
+from vllm_graft.train.segment_cuda import CardSegment, opened
 from vllm_graft.train.targets import Engine, first
 from vllm_graft.weights.contents import Contents
 
@@ -60,6 +63,51 @@ def test_too_little_shared_memory_is_said_beforehand(monkeypatch):
     monkeypatch.setattr(segment.shutil, "disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(MemoryError, match="has 1 MiB free, and the push needs 2; .*--shm-size"):
         Segment(2 << 20)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ({"process": -1, "cards": ["mine", "other"]}, CardSegment),
+        ({"process": -1, "cards": ["other"]}, Segment),
+        ({"process": os.getpid(), "cards": ["mine"]}, Segment),
+    ],
+)
+def test_a_card_is_used_where_other_processes_see_it(said, kind, monkeypatch):
+    monkeypatch.setattr(push, "card_of", lambda _: "mine")
+    monkeypatch.setattr(
+        push, "CardSegment", lambda size, device, ranks: CardSegment.__new__(CardSegment)
+    )
+    made = push._segment(64, torch.device("cuda", 0), {**said, "ranks": 1})
+    assert type(made) is kind
+    if kind is Segment:
+        made.close()
+
+
+def read_from_card(place, conveyed):
+    with opened(place) as card:
+        conveyed.put(card[64:124].view(torch.float32).cpu().tolist())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a card")
+def test_another_process_reads_from_the_card():
+    processes = multiprocessing.get_context("spawn")
+    made, conveyed = CardSegment(4096, torch.device("cuda", 0), 2), processes.Queue()
+    for wanted in (torch.arange(15.0), torch.arange(15.0) + 1):
+        made.view(64, torch.float32, (15,)).copy_(wanted)
+        for place in json.loads(json.dumps(made.place())):
+            reader = processes.Process(target=read_from_card, args=(place, conveyed))
+            reader.start()
+            assert conveyed.get(timeout=120) == wanted.tolist()
+            reader.join()
+    held = torch.cuda.memory_allocated()
+    made.close()
+    assert held - torch.cuda.memory_allocated() >= 4096
+
+
+def test_a_card_that_is_not_seen_is_named():
+    with pytest.raises(ValueError, match="card GPU-none is not visible here"), opened(["GPU-none"]):
+        pass
 
 
 def test_the_models_must_be_the_same():

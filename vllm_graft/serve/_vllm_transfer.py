@@ -1,4 +1,4 @@
-"""vLLM's weight-update hooks with shared memory as their transport (vLLM internals, as `_vllm.py`).
+"""vLLM's weight-update hooks over memory that both sides see (vLLM internals, as `_vllm.py`).
 
 Tested with vLLM 0.32 by `tests/contract`.
 """
@@ -60,7 +60,13 @@ class WorkerHooks:
         """Begin an update: the layers take new tensors from now on."""
         self._worker.start_weight_update()
 
-    def write(self, segment: str, tensors: list[Any]) -> None:
+    @property
+    def ranks(self) -> int:
+        """Workers of the engine."""
+        ranks: int = self._worker.parallel_config.world_size
+        return ranks
+
+    def write(self, segment: Any, tensors: list[Any]) -> None:
         """Load tensors of a segment."""
         self._worker.update_weights({"segment": segment, "tensors": tensors})
 
@@ -94,7 +100,7 @@ def engine_class() -> Any:
 
     @dataclass
     class Update(base.WeightTransferUpdateInfo):  # type: ignore[misc]
-        segment: str
+        segment: Any
         tensors: list[Any]
 
     class SharedMemoryEngine(_Engine, base.WeightTransferEngine):  # type: ignore[misc]
@@ -109,6 +115,7 @@ class _Engine:
 
     model: Any
     model_config: Any
+    vllm_config: Any
 
     def init_transfer_engine(self, init_info: Any) -> None:
         pass
@@ -124,7 +131,9 @@ class _Engine:
 
     def receive_weights(self, update: Any) -> None:
         with _plain_tensors():
-            self.model.load_weights(tensors_in(update.segment, update.tensors))
+            self.model.load_weights(
+                tensors_in(update.segment, self.vllm_config.parallel_config.rank, update.tensors)
+            )
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

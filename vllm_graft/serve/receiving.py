@@ -6,6 +6,7 @@ Steps are plain data (JSON) and errors are answers: `describe`, `start`, any num
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -15,6 +16,7 @@ from vllm_graft.serve._vllm_engine import any_rank
 from vllm_graft.serve.adapter import GraftForCausalLM
 from vllm_graft.train import segment
 from vllm_graft.train.digest import compare, digests_of
+from vllm_graft.train.segment_cuda import opened, visible_cards
 from vllm_graft.train.targets import BACKEND
 from vllm_graft.weights.contents import Contents
 from vllm_graft.weights.errors import WeightError, failure_of
@@ -55,12 +57,17 @@ class Receiver:
             return {"error": text, "refuses": self._broke_off(info.get("push"), text)}
 
     def describe(self) -> dict[str, Any]:
-        """The tensors that a push must bring: `{name: [dtype, shape]}`."""
+        """The tensors that a push must bring: `{name: [dtype, shape]}`, and who takes them."""
         self._described = {
             name: [str(dtype), list(shape)]
             for name, (dtype, shape) in Contents(self._adapter().model).described.items()
         }
-        return {"weights": self._described}
+        return {
+            "weights": self._described,
+            "ranks": self._hooks.ranks,
+            "process": os.getpid(),
+            "cards": visible_cards(),
+        }
 
     def start(self, push: str) -> None:
         """Begin; one that did not come to its end is over."""
@@ -71,8 +78,8 @@ class Receiver:
         adapter.refuse(OPEN)
         self._hooks.start()
 
-    def write(self, push: str, segment: str, tensors: list[list[Any]]) -> None:
-        """Load `[name, dtype, shape, offset]` from a segment."""
+    def write(self, push: str, segment: Any, tensors: list[list[Any]]) -> None:
+        """Load `[name, dtype, shape, offset]` from a segment: of the host, or one for each rank."""
         self._check(push)
         for name, *is_, _ in tensors:
             if self._described.get(name) != is_:
@@ -128,8 +135,21 @@ class Receiver:
         self._adapter().refuse(f"a push of weights broke off: {reason}. Push again")
 
 
-def tensors_in(name: str, tensors: Iterable[list[Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+def tensors_in(
+    place: Any, rank: int, tensors: Iterable[list[Any]]
+) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors of a segment, copied: vLLM keeps them until their layer is complete."""
-    for tensor, dtype, shape, offset in tensors:
-        kind = getattr(torch, dtype.removeprefix("torch."))
-        yield tensor, segment.read(name, offset, kind, shape)
+    if isinstance(place, str):
+        yield from ((name, segment.read(place, at, *as_is)) for name, as_is, at in _typed(tensors))
+        return
+    with opened(place[rank]) as card:
+        for name, (dtype, shape), offset in _typed(tensors):
+            end = offset + segment.nbytes(dtype, shape)
+            yield name, card[offset:end].view(dtype).view(shape).clone()
+
+
+def _typed(
+    tensors: Iterable[list[Any]],
+) -> Iterator[tuple[str, tuple[torch.dtype, list[int]], int]]:
+    for name, dtype, shape, offset in tensors:
+        yield name, (getattr(torch, dtype.removeprefix("torch.")), shape), offset

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import nn
 
 from vllm_graft.train.digest import compare, digest
 from vllm_graft.train.segment import ALIGNMENT, Segment, nbytes
+from vllm_graft.train.segment_cuda import CardSegment, card_of
 from vllm_graft.train.targets import Target, target_of
 from vllm_graft.train.watch import is_finite, listed
 from vllm_graft.weights.contents import Contents
@@ -22,7 +24,7 @@ from vllm_graft.weights.mapping import NameMapping
 from vllm_graft.weights.shards import local
 
 CHUNK = 64 << 20
-"""Bytes of shared memory, unless one tensor needs more."""
+"""Bytes of memory in between, unless one tensor needs more."""
 
 T = TypeVar("T")
 Described = dict[str, tuple[torch.dtype, torch.Size]]
@@ -35,7 +37,10 @@ def push_weights(
     *,
     api_key: str | None = None,
 ) -> None:
-    """Send the weights of `trainer_model` to an engine on this host, through shared memory.
+    """Send the weights of `trainer_model` to an engine on this host, through memory both can see.
+
+    That is shared memory of the host, or of the trainer's card (CUDA IPC) where the engine's
+    workers are other processes and see that card.
 
     Both sides speak checkpoint names: sharded tensors (FSDP2, DTensor, tensor parallel) are
     gathered one by one, in chunks of 64 MiB or the largest tensor, in the engine's dtype. The
@@ -87,9 +92,22 @@ def _prepare(
     if _rank() != 0:
         return contents, None
     engine = target_of(target, api_key)
-    wanted = _read(engine.call("describe", {})["weights"])
+    said = engine.call("describe", {})
+    wanted = _read(said["weights"])
     check_same(contents.described, wanted)
-    return contents, _Sender(engine, wanted)
+    size = max([CHUNK, *(nbytes(*described) for described in wanted.values())])
+    device = next(model.parameters()).device
+    return contents, _Sender(engine, wanted, _segment(size, device, said), size)
+
+
+def _segment(size: int, device: torch.device, said: dict[str, Any]) -> Segment | CardSegment:
+    """Memory of the trainer's card where the engine's workers see it, else of the host."""
+    # No process opens a card's memory of its own by a handle.
+    if device.type != "cuda" or said["process"] == os.getpid():
+        return Segment(size)
+    if card_of(device) not in said["cards"]:
+        return Segment(size)
+    return CardSegment(size, device, said["ranks"])
 
 
 def _read(weights: dict[str, list[Any]]) -> Described:
@@ -129,15 +147,16 @@ def check_same(ours: Described, wanted: Described) -> None:
 class _Sender:
     """Rank 0's side of a push: fills the segment, has it loaded, begins anew."""
 
-    def __init__(self, target: Target, wanted: Described) -> None:
+    def __init__(
+        self, target: Target, wanted: Described, segment: Segment | CardSegment, size: int
+    ) -> None:
         self._target = target
+        self.segment, self._size = segment, size
         self._wanted = wanted
         self._push = uuid4().hex
         self._chunk: list[list[Any]] = []
         self._end = 0
         self._digests: dict[str, int] = {}
-        self._size = max([CHUNK, *(nbytes(*described) for described in wanted.values())])
-        self.segment = Segment(self._size)
         self._started = False
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
@@ -167,7 +186,7 @@ class _Sender:
         if not self._started:
             self._call("start")
             self._started = True
-        self._call("write", segment=self.segment.name, tensors=self._chunk)
+        self._call("write", segment=self.segment.place(), tensors=self._chunk)
         self._chunk, self._end = [], 0
 
     def _call(self, step: str, **info: Any) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class Segment:
         )
         return flat[offset:].view(dtype).view(shape)
 
+    def place(self) -> str:
+        """What other processes open it by."""
+        return self.name
+
     def close(self) -> None:
         """Remove the segment; processes that read it keep what they have."""
         self._memory.close()

@@ -61,7 +61,7 @@ def _give_forwards(model: nn.Module, forwards: dict[Any, Callable[..., torch.Ten
                 module.forward = partial(forward, module)
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`F.linear` whose rows do not depend on how many there are.
 
     Args:
@@ -152,7 +152,17 @@ def allowed_rows(x: torch.Tensor, weight: torch.Tensor) -> Rows:
     """By how many rows of `x` to multiply."""
     # A DTensor multiplies by its shard.
     held: Any = weight.to_local() if _is_sharded(weight) else weight  # type: ignore[attr-defined]
-    return linear_rows(by_weight, *held.shape, x.dtype, torch.get_num_threads())
+    outputs, inputs = held.shape
+    return _rows(outputs, inputs, x.dtype, _lies_transposed(held))
+
+
+def _rows(outputs: int, inputs: int, dtype: torch.dtype, transposed: bool) -> Rows:
+    by = by_transposed if transposed else by_weight
+    return linear_rows(by, outputs, inputs, dtype, torch.get_num_threads())
+
+
+def _lies_transposed(weight: torch.Tensor) -> bool:
+    return weight.stride(0) < weight.stride(1)
 
 
 def by_weight(weight: torch.Tensor) -> Product:
@@ -160,11 +170,16 @@ def by_weight(weight: torch.Tensor) -> Product:
     return lambda x: F.linear(x, weight)
 
 
+def by_transposed(weight: torch.Tensor) -> Product:
+    """`F.linear` by a weight that lies in memory as `[K, M]`: kernels may add in another order."""
+    return by_weight(weight.t().contiguous().t())
+
+
 def _traced_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """`_linear` in one graph for all numbers of rows: traced where its kernel allows."""
-    step = _traced_step(*weight.shape, x.dtype)
+    step = _traced_step(*weight.shape, x.dtype, _lies_transposed(weight))
     if step is None:
         out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
         return out
@@ -176,8 +191,8 @@ def _traced_linear(
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _traced_step(outputs: int, inputs: int, dtype: torch.dtype) -> int | None:
-    return linear_rows(by_weight, outputs, inputs, dtype, torch.get_num_threads()).step
+def _traced_step(outputs: int, inputs: int, dtype: torch.dtype, transposed: bool) -> int | None:
+    return _rows(outputs, inputs, dtype, transposed).step
 
 
 def silu(x: torch.Tensor) -> torch.Tensor:

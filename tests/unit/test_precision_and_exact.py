@@ -77,6 +77,14 @@ def test_float32_products_do_not_depend_on_the_number_of_rows(rows):
     assert torch.equal(layer(x[:rows].view(1, rows, 256))[0], layer(x)[:rows])
 
 
+@pytest.mark.parametrize("rows", [1, 2, 3, 5, 6, 7, 9, 10, 11, 13, 64])
+def test_a_weight_that_lies_transposed_is_tried_as_it_lies(rows):
+    torch.manual_seed(0)
+    x, weights = torch.randn(64, 256), [torch.randn(256, size).t() for size in (4, 96)]
+    for weight in weights:
+        assert torch.equal(exact.linear(x[:rows], weight), exact.linear(x, weight)[:rows])
+
+
 def test_a_lone_bf16_row_has_the_bits_that_it_has_among_others():
     torch.manual_seed(0)
     layer, x = nn.Linear(4096, 1536).bfloat16(), torch.randn(64, 4096).bfloat16()

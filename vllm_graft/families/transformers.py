@@ -216,7 +216,8 @@ def _attend(
         _Recorder.record(
             module, q_BNLH, k_BKLH, v_BKLH, {**options, "attention_mask": attention_mask}
         )
-        return q_BNLH.new_zeros(q_BNLH.shape[:3] + v_BKLH.shape[3:]).transpose(1, 2), None
+        q_BLNH = q_BNLH.transpose(1, 2)
+        return q_BNLH.new_zeros(q_BLNH.shape[:3] + v_BKLH.shape[3:]), None
     core: Any = module.get_submodule(CORE)
     core.dropout = dropout
     q, k, v = (x.transpose(1, 2) for x in (q_BNLH, k_BKLH, v_BKLH))

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import vllm_graft
+from tests.serve.test_trainable_llm import trainable
 from tests.support import (
     engine,
     generate,
@@ -89,9 +90,6 @@ ZOO = {
         "first_k_dense_replace": 1,
     },
 }
-INEXACT = ("gpt_oss", "qwen3_moe", "deepseek_v3")
-"""Transformers multiplies each expert with the tokens that chose it: another number of rows in
-the engine's batch than in training's, so float32 products are rounded in another order."""
 FAST = ("llama", "gpt2", "gemma2", "gpt_oss", "mpt")
 
 
@@ -124,9 +122,17 @@ def test_served_and_trained_as_the_original(kind, tmp_path, monkeypatch):
             assert logits.argmax(-1).tolist() == list(completion.token_ids)
             want = logits.log_softmax(-1).max(-1).values
             assert torch.tensor(sampled_logprobs(completion)).sub(want).abs().max() < 1e-4
-        gap = _gap(module, tokens, completions)
-        assert gap < 1e-4 if kind in INEXACT else gap == 0
+        assert _gap(module, tokens, completions) == 0
         _check_gradients(model, module, samples)
+
+
+@pytest.mark.engine
+def test_experts_are_exact_on_every_path_in_bf16(tmp_path):
+    original("qwen3_moe").save_pretrained(tmp_path)
+    factory = "transformers:AutoModelForCausalLM.from_config"
+    with trainable(tmp_path, factory, dtype="bfloat16") as llm:
+        report = vllm_graft.verify_exactness(llm, prompts((5, 140)), max_tokens=4, show=False)
+        assert report.exact, report
 
 
 @pytest.mark.parametrize("kind", ["qwen3_moe", "deepseek_v3", "gpt_oss"])

@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from vllm_graft import exact
+from vllm_graft.experts import by_expert
 
 _MOE = "torchtitan.models.common.moe"
 """Looked up where it is loaded already: without it, no model has modules of it."""
@@ -181,15 +182,12 @@ def experts(
     Returns:
         `[R, D]`; a row does not depend on the others.
     """
-    # unbind: its backward makes one gradient per weight; indexing would make one per expert.
-    weights = zip(w1_EFD.unbind(), w2_EDF.unbind(), w3_EFD.unbind(), strict=True)
-    outputs = [x_RD[:0]]
-    for rows, (w1, w2, w3) in zip(x_RD.split(counts_E.tolist()), weights, strict=True):
-        # Without any row all run, so that their gradients are zero and not None.
-        if len(rows) or not len(x_RD):
-            hidden = exact.silu(exact.linear(rows, w1, None)) * exact.linear(rows, w3, None)
-            outputs.append(exact.linear(hidden, w2, None))
-    return torch.cat(outputs)
+    return by_expert(_swiglu, x_RD, counts_E, w1_EFD, w2_EDF, w3_EFD)
+
+
+def _swiglu(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
+    hidden = exact.silu(exact.linear(x, w1, None)) * exact.linear(x, w3, None)
+    return exact.linear(hidden, w2, None)
 
 
 exact.define_op(

@@ -20,7 +20,8 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
-from vllm_graft.exact import linear
+from vllm_graft.exact import linear, silu
+from vllm_graft.families.transformers_moe import correct_experts
 from vllm_graft.families.transformers_names import SavedByTransformers
 from vllm_graft.families.trial import LENGTHS, check_packed, packed_logits, tokens_of
 from vllm_graft.model import VLLMModelForCausalLM
@@ -106,12 +107,16 @@ class TransformersForCausalLM(SavedByTransformers, VLLMModelForCausalLM):
 
 
 def _make_exact(model: nn.Module) -> None:
-    """Give GPT-2's transposed linear layers rows that do not depend on how many there are."""
+    """Give layers of Transformers' own results that do not depend on the batch."""
+    from transformers.activations import SiLUActivation
     from transformers.pytorch_utils import Conv1D
 
     for module in model.modules():
         if isinstance(module, Conv1D):
             module.forward = partial(_conv1d, module)  # type: ignore[method-assign]
+        elif isinstance(module, SiLUActivation):
+            module.forward = silu  # type: ignore[method-assign]
+    correct_experts(model)
 
 
 def _conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:

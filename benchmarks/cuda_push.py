@@ -24,10 +24,11 @@ from typing import Any
 from unittest import mock
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "1"  # an engine core of its own
+os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA is in use here before
 
 import torch
 
-from vllm_graft import make_exact
+from vllm_graft import make_exact, packed
 from vllm_graft.train import push
 from vllm_graft.train.segment_cuda import CardSegment
 
@@ -62,9 +63,9 @@ def trainer(checkpoint: str) -> Any:
         hf_config=AutoConfig.from_pretrained(checkpoint),
         model_config=SimpleNamespace(max_model_len=512, dtype=torch.bfloat16),
     )
-    model: Any = build_qwen3_torchtitan(config, None)
+    model: Any = build_qwen3_torchtitan(config, None).to(DEVICE)
     make_exact(model)
-    return model.to(DEVICE)
+    return model
 
 
 @contextmanager
@@ -88,8 +89,6 @@ def equal(llm: Any, model: Any) -> tuple[int, int]:
     """How many of the engine's log-probabilities are the trainer's bits, of how many."""
     from vllm import SamplingParams
 
-    from examples.rl.two_processes import scored_by
-
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 30000, (n,), generator=generator).tolist() for n in LENGTHS]
     sampling = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=0, detokenize=False)
@@ -100,14 +99,23 @@ def equal(llm: Any, model: Any) -> tuple[int, int]:
         for output, tokens in zip(outputs, made, strict=True)
         for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)
     ]
-    whole = [prompt + tokens for prompt, tokens in zip(prompts, made, strict=True)]
-
-    def logits(tokens: torch.Tensor, _: torch.Tensor) -> torch.Tensor:
-        return model.compute_logits(model(tokens.to(DEVICE))).cpu()  # type: ignore[no-any-return]
-
-    with torch.no_grad():
-        ours = torch.cat(scored_by(logits, whole, LENGTHS)).tolist()
+    ours = [
+        value
+        for prompt, tokens in zip(prompts, made, strict=True)
+        for value in scored(model, prompt, tokens)
+    ]
     return sum(a == b for a, b in zip(served, ours, strict=True)), len(served)
+
+
+@torch.no_grad()
+def scored(model: Any, prompt: list[int], tokens: list[int]) -> list[float]:
+    """The trainer's log-probabilities of `tokens` after `prompt`, made where the model lies."""
+    whole = torch.tensor(prompt + tokens, device=DEVICE)
+    with packed(torch.tensor([0, len(whole)])):
+        logits = model.compute_logits(model(whole))[len(prompt) - 1 : -1]
+    logprobs = logits.log_softmax(-1, dtype=torch.float32)
+    values: list[float] = logprobs.gather(1, whole[len(prompt) :, None])[:, 0].tolist()
+    return values
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -40,11 +41,17 @@ def make_exact(model: nn.Module) -> None:
     compute the engine's bits.
 
     Args:
-        model: attention replaced; before `fully_shard`, compilation and the like.
+        model: attention replaced; before `fully_shard`, compilation and the like. Where it is
+            on a card, vLLM's batch-invariant products are switched on for this process if
+            `VLLM_BATCH_INVARIANT=1` was in the environment; without it nothing is exact there.
 
     Parameters and names stay. Modules with a forward of their own are left alone.
     """
     norms.find_kernel()
+    if find_spec("vllm") and any(p.device.type == "cuda" for p in model.parameters()):
+        from vllm_graft.serve import _vllm_cuda
+
+        _vllm_cuda.switch_on_batch_invariance()
     _give_forwards(model, _EXACT)
 
 

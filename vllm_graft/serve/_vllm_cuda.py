@@ -1,4 +1,4 @@
-"""Flash-attention ops of vLLM on CUDA (internals of vLLM, as `_vllm.py`).
+"""Flash-attention ops and batch-invariant products of vLLM on CUDA (its internals, as `_vllm.py`).
 
 Every call passes `num_splits=1`, which is what vLLM's backends pass under
 `VLLM_BATCH_INVARIANT=1`.
@@ -18,6 +18,16 @@ from vllm_graft.serve.scratch import scratch_blocks
 
 PAGE_SIZE = 16
 """vLLM's default block size on CUDA; the kernel's tiling depends on it."""
+
+
+def switch_on_batch_invariance() -> None:
+    """What a worker of vLLM does at its start under `VLLM_BATCH_INVARIANT=1`. Idempotent.
+
+    Relies on `init_batch_invariance`, which does nothing without the variable (0.32).
+    """
+    from vllm.model_executor.determinism.batch_invariant import init_batch_invariance
+
+    init_batch_invariance()
 
 
 @lru_cache

@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
-from vllm_graft.exact import linear, silu
-from vllm_graft.families.transformers_moe import correct_experts
+from vllm_graft.families.transformers_exact import correct_layers
 from vllm_graft.families.transformers_names import SavedByTransformers
 from vllm_graft.families.trial import LENGTHS, check_packed, packed_logits, tokens_of
 from vllm_graft.model import VLLMModelForCausalLM
@@ -72,7 +70,7 @@ class TransformersForCausalLM(SavedByTransformers, VLLMModelForCausalLM):
         _register()
         model.set_attn_implementation(INTERFACE)
         self.sites = find_sites(model)
-        _make_exact(model)
+        correct_layers(model)
         for site in self.sites:
             model.get_submodule(site.name).add_module(CORE, _core(site))
         first, second = (tokens_of(model.get_input_embeddings(), length) for length in LENGTHS)
@@ -104,23 +102,6 @@ class TransformersForCausalLM(SavedByTransformers, VLLMModelForCausalLM):
         with _gives(self.model.base_model, hidden_states[None]):
             logits: torch.Tensor = self.model(inputs_embeds=hidden_states[None]).logits
         return logits[0]
-
-
-def _make_exact(model: nn.Module) -> None:
-    """Give layers of Transformers' own results that do not depend on the batch."""
-    from transformers.activations import SiLUActivation
-    from transformers.pytorch_utils import Conv1D
-
-    for module in model.modules():
-        if isinstance(module, Conv1D):
-            module.forward = partial(_conv1d, module)  # type: ignore[method-assign]
-        elif isinstance(module, SiLUActivation):
-            module.forward = silu  # type: ignore[method-assign]
-    correct_experts(model)
-
-
-def _conv1d(module: Any, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, module.weight.t(), module.bias)
 
 
 def find_sites(model: Any) -> list[AttentionSite]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from vllm_graft.families.handwritten import PlainForCausalLM
+from vllm_graft.families.transformers_exact import correct_layers
 from vllm_graft.families.transformers_names import SavedByTransformers
 
 
@@ -11,3 +14,7 @@ class PlainTransformersForCausalLM(SavedByTransformers, PlainForCausalLM):
 
     Its checkpoint is the one that Transformers saves.
     """
+
+    def __init__(self, model: Any) -> None:
+        correct_layers(model)
+        super().__init__(model)

@@ -56,6 +56,7 @@ class _State:
     # Plain attributes: torch.compile traces reads of them.
     serving = False
     calls: list[Call] | None = None
+    looks = 0
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Group:
         self._rows = [weight.shape[0] for weight in self._weights]
         self._ends = list(accumulate(self._rows))
         self._bias: torch.Tensor | None = None
-        self._seen: list[_Seen] = []
+        self._seen: list[Seen] = []
         self._input: torch.Tensor | None = None
         self._output: torch.Tensor | None = None
         self.released = False
@@ -160,8 +161,12 @@ class Group:
 
     def refresh(self) -> None:
         """Pack anew if a weight or bias was exchanged, moved or written by an operation."""
-        if not self.released and not (self._seen and all(map(_unchanged, self._seen))):
+        if not self.released and not (self._seen and unchanged(self._seen)):
             self.pack()
+
+    def seen(self) -> list[Seen]:
+        """The weights and biases as they were packed; none while they are released."""
+        return [] if self.released else self._seen
 
     def shares(self, weights: set[int]) -> bool:
         """Whether one of `weights`, by id, is in here."""
@@ -173,7 +178,8 @@ class Group:
     def restore(self, *, values: bool = True) -> None:
         """Take back `release`; without `values` the memory only."""
 
-    def _look(self) -> list[_Seen]:
+    def _look(self) -> list[Seen]:
+        _State.looks += 1
         names = ("weight", "bias") if self._with_bias else ("weight",)
         held = [(member._parameters, name) for member in self._members for name in names]
         return [(h, n, h[n], h[n]._version, h[n].data_ptr()) for h, n in held]
@@ -239,7 +245,8 @@ class Packed(Group):
                 if values:
                     self._unpack(restored, end)
                 weight.data = restored
-        self._seen = self._look() if values else []
+        seen = self._look()
+        self._seen = seen if values else []
 
     def _unpack(self, weight: torch.Tensor, end: int) -> None:
         rows, width = weight.shape
@@ -250,14 +257,23 @@ class Packed(Group):
             weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
 
 
-_Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
+Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
 """Where a tensor is kept, itself, its version and its address, when it was last packed."""
 
 
-def _unchanged(seen: _Seen) -> bool:
-    # Called for every weight before every step.
-    held, name, tensor, version, address = seen
-    return held[name] is tensor and tensor._version == version and tensor.data_ptr() == address
+def unchanged(seen: list[Seen]) -> bool:
+    """Whether all tensors are in their places and no operation has written into them."""
+    # One loop over all weights of a model before every step: a call for each takes half as long
+    # again.
+    for held, name, tensor, version, address in seen:
+        if held[name] is not tensor or tensor._version != version or tensor.data_ptr() != address:
+            return False
+    return True
+
+
+def looks() -> int:
+    """A number that tells when what `Group.seen` gave may be old."""
+    return _State.looks
 
 
 def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 
 from vllm_graft import exact, products
 from vllm_graft.exact import make_exact
+from vllm_graft.serve.packing import Packing
 
 
 @dataclass
@@ -162,3 +163,49 @@ def test_unpacking_undoes_it_all(packed_block):
     before = packer.products
     assert torch.equal(serve(block, x), block(x))
     assert packer.products == before
+
+
+@pytest.fixture
+def packing(packed_block):
+    """What looks at all groups of a model before a step."""
+    block, packer, groups, _ = packed_block
+    made = Packing(block, packer, join=False, same=True, release=False)
+    made._packed = groups
+    made.refresh()
+    return made
+
+
+def test_a_step_after_a_change_packs_that_group_only(packed_block, packing):
+    block, packer, _, x = packed_block
+    made = len(packer.kernels)
+    packing.refresh()
+    assert len(packer.kernels) == made
+    for change in (lambda p: p.mul_(2), lambda p: setattr(p, "data", p.detach() + 1)):
+        with torch.no_grad():
+            change(block.v.weight)
+        packing.refresh()
+        assert torch.equal(serve(block, x), block(x))
+    assert len(packer.kernels) == made + 2
+
+
+def test_released_weights_are_looked_at_again_once_they_are_restored(packed_block, packing):
+    block, _, groups, x = packed_block
+    for group in groups:
+        group.release()
+    packing.refresh()
+    products.restore_weights(block)
+    packing.refresh()
+    with torch.no_grad():
+        block.o.weight.add_(1)
+    packing.refresh()
+    assert torch.equal(serve(block, x), block(x))
+
+
+def test_weights_packed_meanwhile_and_put_back_are_packed_again(packed_block, packing):
+    block, _, _, x = packed_block
+    first, other = block.o.weight.data, torch.ones(8, 8)
+    block.o.weight.data = other
+    packing.changed()
+    block.o.weight.data = first
+    packing.refresh()
+    assert torch.equal(serve(block, x), block(x))

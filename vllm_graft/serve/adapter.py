@@ -71,6 +71,7 @@ class GraftForCausalLM(nn.Module):
         self._paged = bind(self.model, vllm_config, prefix, self._weights_ready)
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)
+        self._compiled = _vllm.runs_compiled(self._body)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._parallel_config = vllm_config.parallel_config
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
@@ -98,7 +99,8 @@ class GraftForCausalLM(nn.Module):
             raise ValueError(f"{self.arch}: prompt embeddings are not supported; send token ids")
         if positions.dim() != 1:
             raise ValueError(f"{self.arch}: expected positions [T], got {tuple(positions.shape)}")
-        new_forward(self._paged)
+        if not self._traced:
+            new_forward(self._paged)
         self.packing.refresh()
         with self._evaluating(), products.serving():
             hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
@@ -143,9 +145,10 @@ class GraftForCausalLM(nn.Module):
         if self._traced:
             yield
             return
-        with evaluating(self._eval_mode.modules()):
+        with evaluating(self._eval_mode.in_training()):
             yield
-        self._traced = _vllm.runs_compiled(self._body)
+        if self._compiled:
+            self._traced = True
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_graft import exact, products
 from vllm_graft.joined import join_products
-from vllm_graft.products import Call, Group, Packed, Packer
+from vllm_graft.products import Call, Group, Packed, Packer, Seen, unchanged
 from vllm_graft.serve import _vllm, _vllm_packed
 from vllm_graft.serve.freed import return_freed_memory
 from vllm_graft.weights.slots import slots, tensor_in
@@ -42,6 +42,8 @@ class Packing:
         self._same = same
         self._packed: list[Group] = []
         self._release = release
+        self._seen: list[Seen] = []
+        self._as_of = -1
         self.watches = True
         """Whether to look for changed weights before each forward; off where another does."""
 
@@ -101,9 +103,12 @@ class Packing:
 
     def refresh(self) -> None:
         """Pack anew what changed since the last forward."""
-        if self.watches:
-            for packed in self._packed:
-                packed.refresh()
+        if not self.watches or (self._as_of == products.looks() and unchanged(self._seen)):
+            return
+        for packed in self._packed:
+            packed.refresh()
+        self._as_of = products.looks()
+        self._seen = [seen for packed in self._packed for seen in packed.seen()]
 
     def changed(self) -> None:
         """Pack everything anew, however it was written."""

@@ -94,8 +94,11 @@ def fill_by_rows(
     allowed: Rows,
 ) -> None:
     """As `by_rows`, by a kernel that takes rows and where their results go, `[R, M]`."""
-    first = 0
-    for size in allowed.parts(len(x)):
+    parts, first = allowed.parts(len(x)), 0
+    if parts == (len(x),):
+        fill(x, out)
+        return
+    for size in parts:
         part, room = x[first : first + size], out[first : first + size]
         if len(part) == size:
             fill(part, room)

@@ -119,7 +119,7 @@ def test_attention_layers_still_hear_when_loading_is_complete():
 
 
 def test_the_forward_context_is_still_visible():
-    assert _vllm.forward_running() is False
+    assert _vllm.forward_running()() is False
 
 
 def test_process_groups_are_none_before_vllm_makes_them():

@@ -176,12 +176,12 @@ def platform_device() -> str:
     return str(current_platform.device_type)
 
 
-def forward_running() -> bool:
-    """Whether vLLM is inside a model forward (its forward context is set)."""
+def forward_running() -> Callable[[], bool]:
+    """What says whether vLLM is inside a model forward (its forward context is set)."""
     from vllm.forward_context import is_forward_context_available
 
-    running: bool = is_forward_context_available()
-    return running
+    asked: Callable[[], bool] = is_forward_context_available
+    return asked
 
 
 def paged_attention_layer(

@@ -25,12 +25,13 @@ class PagedAttention:
         self.layer = layer
         self.name = name
         self.calls = 0
+        self._forward_running = _vllm.forward_running()
         self.rehearsing = False
         """In the dry run: give every token a result of its own q, k and v, without a cache."""
 
     def active(self) -> bool:
         """Whether vLLM is running a forward at this moment."""
-        return self.rehearsing or _vllm.forward_running()
+        return self.rehearsing or self._forward_running()
 
     def __call__(
         self,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -104,6 +104,8 @@ class GraftForCausalLM(nn.Module):
         self.packing.refresh()
         with self._evaluating(), products.serving():
             hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
+        if self._compiled and not self._traced:
+            self._traced = True
         return self._stage.sent(hidden)
 
     def check_servable(self) -> None:
@@ -139,24 +141,17 @@ class GraftForCausalLM(nn.Module):
             torch.zeros(batch_size, self._stage.width, dtype=dtype, device=device)
         )
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
+    def _evaluating(self) -> AbstractContextManager[None]:
         """Eval mode for a forward; code that is compiled already was traced in it."""
-        if self._traced:
-            yield
-            return
-        with evaluating(self._eval_mode.in_training()):
-            yield
-        if self._compiled:
-            self._traced = True
+        return nullcontext() if self._traced else evaluating(self._eval_mode.in_training())
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
         compute: Any = self.model.compute_logits
         with products.serving():
             logits = self._eval_mode.logits(compute, hidden_states)
-        # Rows that only pad the vocabulary are no tokens.
-        logits = logits[..., : self._vocab_size]
+        if logits.shape[-1] > self._vocab_size:  # rows that only pad the vocabulary are no tokens
+            logits = logits[..., : self._vocab_size]
         return logits.float() if self._float32_logits else logits
 
     def training_hidden(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

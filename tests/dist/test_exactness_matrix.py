@@ -90,9 +90,15 @@ def test_the_number_of_threads_changes_nothing(checkpoints, family, dtype, tmp_p
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("family", ["qwen3", "deepseek_v3"])
+@pytest.mark.parametrize("family", MAKE)
 def test_two_ranks_are_exact_too(checkpoints, family, dtype, tmp_path):
     run(family, checkpoints(family), tmp_path, ranks=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_experts_divided_among_two_ranks_are_exact_too(checkpoints, dtype, tmp_path):
+    options = {"dtype": dtype, "enable_expert_parallel": True}
+    run("qwen3_moe", checkpoints("qwen3_moe"), tmp_path, ranks=2, **options)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

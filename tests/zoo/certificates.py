@@ -90,7 +90,8 @@ def examine(name: str) -> dict[str, Any]:
     """
     subject, report = SUBJECTS[name], REPORTS / f"{name.replace(', ', '-')}.json"
     REPORTS.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(ROOT)}
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", **os.environ}
+    environment |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1", "PYTHONPATH": str(ROOT)}
     if "--tp" not in subject.arguments:
         del environment["VLLM_CPU_OMP_THREADS_BIND"]
     if name == "deepseek_v3":  # Transformers expands keys and values; no latent cache
@@ -104,7 +105,9 @@ def examine(name: str) -> dict[str, Any]:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
     if done.returncode not in (0, 1):
-        raise RuntimeError(f"{name}: {done.stderr[-3000:]}")
+        raise RuntimeError(
+            f"{name}: exit code {done.returncode}\n{done.stdout}\n{done.stderr[-3000:]}"
+        )
     found: dict[str, Any] = json.loads(report.read_text())
     return found
 

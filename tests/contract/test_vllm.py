@@ -15,7 +15,7 @@ import torch
 
 from tests.support import python, relative_error
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.serve import _vllm, _vllm_cpu, _vllm_packed
+from vllm_graft.serve import _vllm, _vllm_cpu, _vllm_cuda, _vllm_packed
 
 
 def test_the_registry_still_refuses_functions_by_itself():
@@ -308,6 +308,23 @@ def test_an_error_of_one_worker_still_leaves_the_answers_of_others_unread():
 
     loop = inspect.getsource(MultiprocExecutor.collective_rpc).split("for mq in response_mqs")[1]
     assert "raise RuntimeError" in loop.split("responses.append")[0]
+
+
+def test_batch_invariance_is_switched_on_without_arguments_and_only_if_asked_for(monkeypatch):
+    from vllm.model_executor.determinism import batch_invariant
+
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    switched = []
+    monkeypatch.setattr(
+        batch_invariant, "enable_batch_invariant_mode", lambda: switched.append(True)
+    )
+    _vllm_cuda.switch_on_batch_invariance()
+    assert not switched
+    monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
+    for others in ("resolve_tuned_matmul_configs", "override_envs_for_invariance"):
+        monkeypatch.setattr(batch_invariant, others, lambda: None)
+    _vllm_cuda.switch_on_batch_invariance()
+    assert switched
 
 
 def test_servers_still_mount_routers_in_one_place_before_the_authentication():

@@ -316,6 +316,16 @@ def biased(bias):
     return LearnedPositions(attn_mask=(bias + torch.zeros(11, 11)).masked_fill(later, -math.inf))
 
 
+class TimesVector(LearnedPositions):
+    def embed_positions(self, tokens):
+        x = super().embed_positions(tokens)
+        return x + (x @ x.new_ones(D))[..., None]
+
+
+def test_products_with_a_vector_are_left_alone():
+    assert len(vllm_graft.adapt(spread_weights(TimesVector()).eval()).sites) == 2
+
+
 def test_a_parameter_without_values_is_named():
     model = Functional().eval()
     with torch.no_grad():

@@ -116,7 +116,7 @@ class Calls(Watch):
             left, right = args
             if isinstance(left, Scores):
                 return self._meet(left, right)
-            return self._begin(left, right.transpose(-2, -1))
+            return self._begin(left, right.transpose(-2, -1)) if right.dim() > 1 else None
         if func in _ADDED_PRODUCTS:
             return self._added_product(*args, **kwargs)
         if func is torch.einsum and isinstance(args[0], str):

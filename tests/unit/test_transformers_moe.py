@@ -53,10 +53,10 @@ def block_of(kind, implementation="grouped_mm"):
 
 def corrected(kind, dtype=torch.float32):
     """The layer after what `adapt` and the adapter do to it."""
-    from vllm_graft.families.transformers import _make_exact
+    from vllm_graft.families.transformers_exact import correct_layers
 
     layer = block_of(kind)
-    _make_exact(layer)
+    correct_layers(layer)
     make_exact(layer)
     return layer.to(dtype)
 

@@ -143,9 +143,8 @@ def tensors_in(
         yield from ((name, segment.read(place, at, *as_is)) for name, as_is, at in _typed(tensors))
         return
     with opened(place[rank]) as card:
-        for name, (dtype, shape), offset in _typed(tensors):
-            end = offset + segment.nbytes(dtype, shape)
-            yield name, card[offset:end].view(dtype).view(shape).clone()
+        for name, as_is, at in _typed(tensors):
+            yield name, segment.lying_at(card, at, *as_is).clone()
 
 
 def _typed(

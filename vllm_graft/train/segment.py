@@ -45,7 +45,7 @@ class Segment:
         flat = torch.from_file(  # a mapping of its own: `buf` would keep `close` from closing
             str(_FOLDER / self.name), shared=True, size=offset + size, dtype=torch.uint8
         )
-        return flat[offset:].view(dtype).view(shape)
+        return lying_at(flat, offset, dtype, shape)
 
     def place(self) -> str:
         """What other processes open it by."""
@@ -69,7 +69,14 @@ def read(name: str, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> to
     if offset < 0 or offset % ALIGNMENT or end > path.stat().st_size:
         raise ValueError(f"bytes {offset} to {end} do not lie in {name}")
     flat = torch.from_file(str(path), shared=False, size=end, dtype=torch.uint8)
-    return flat[offset:].view(dtype).view(shape).clone()
+    return lying_at(flat, offset, dtype, shape).clone()
+
+
+def lying_at(
+    flat: torch.Tensor, offset: int, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """The tensor at `offset` of the bytes `flat`, sharing their memory."""
+    return flat[offset : offset + nbytes(dtype, shape)].view(dtype).view(shape)
 
 
 def nbytes(dtype: torch.dtype, shape: Sequence[int]) -> int:

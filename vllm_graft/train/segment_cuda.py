@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from vllm_graft.train.segment import lying_at
+
 
 class CardSegment:
     """Memory of `size` bytes on the card `device`, for `ranks` processes that read it.
@@ -25,8 +27,7 @@ class CardSegment:
 
     def view(self, offset: int, dtype: torch.dtype, shape: Sequence[int]) -> torch.Tensor:
         """The tensor that lies at `offset` bytes; writing to it writes to the segment."""
-        size = dtype.itemsize * torch.Size(shape).numel()
-        return self._bytes[offset : offset + size].view(dtype).view(shape)
+        return lying_at(self._bytes, offset, dtype, shape)
 
     def place(self) -> list[list[Any]]:
         """What each rank opens it by, once: torch counts the openings of each handle."""
@@ -49,9 +50,10 @@ def opened(place: Sequence[Any]) -> Iterator[torch.Tensor]:
         ValueError: a card that this process does not see.
     """
     card, *handle = place
-    if card not in visible_cards():
-        raise ValueError(f"card {card} is not visible here, only {', '.join(visible_cards())}")
-    index = visible_cards().index(card)
+    cards = visible_cards()
+    if card not in cards:
+        raise ValueError(f"card {card} is not visible here, only {', '.join(cards)}")
+    index = cards.index(card)
     new_shared: Any = torch.UntypedStorage._new_shared_cuda  # type: ignore[attr-defined]
     with torch.cuda.device(index):
         storage = new_shared(index, *map(_raw, handle))

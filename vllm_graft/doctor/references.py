@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,14 +12,12 @@ import torch
 from vllm_graft.adapting import call_factory
 from vllm_graft.doctor.engine import options, prefill
 from vllm_graft.doctor.sides import LeftOut, ModuleReference, Reference
-from vllm_graft.families.handwritten import logits_of
+from vllm_graft.families.handwritten import run_original
 from vllm_graft.families.written_out import WrittenOut
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.serve import _vllm_stock
 from vllm_graft.serve.registry import factory_of
 from vllm_graft.weights.load import load_external_weights
-
-_POSITIONS = ("positions", "position_ids", "input_pos")
 
 
 def reference_of(kind: str, checkpoint: str, arch: str, max_model_len: int) -> Reference:
@@ -131,13 +128,11 @@ def original_reference(checkpoint: str, arch: str, max_model_len: int) -> Module
         )
     load_external_weights(model, _tensors(checkpoint), {name: name for name in model.state_dict()})
     model.float().eval()
-    known = inspect.signature(model.forward).parameters
     written_out = WrittenOut()
 
     def logits(tokens: torch.Tensor) -> torch.Tensor:
-        named = {name: torch.arange(len(tokens)) for name in _POSITIONS if name in known}
         with written_out:
-            return logits_of(model(tokens[None], **named))[0]
+            return run_original(model, tokens[None], torch.arange(len(tokens)))[0]
 
     return ModuleReference(model, logits, "original", written_out.replaced)
 

@@ -94,7 +94,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
             return at if line in self._placed else None
 
         with Calls(rows.shape, attend, place, self._written.__contains__):
-            return _run(self.model, rows, at)
+            return run_original(self.model, rows, at)
 
     def prove(self, length: int) -> None:
         """Look at the model's masks for samples of up to `length` tokens, and take their windows.
@@ -156,7 +156,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
     def _try_out(self) -> None:
         samples = [_tokens(self.model, length) for length in LENGTHS]
         with WrittenOut():
-            want = torch.cat([_run(self.model, rows, _count(rows))[0] for rows in samples])
+            want = torch.cat([run_original(self.model, rows, _count(rows))[0] for rows in samples])
         check_packed(self, [rows[0] for rows in samples], want)
 
 
@@ -207,7 +207,7 @@ def find_sites(model: nn.Module, length: int = LENGTHS[0]) -> list[Site]:
     try:
         # Short samples with gradients: they show what of a bias is learned.
         with Calls(tokens.shape, attend), torch.set_grad_enabled(length in LENGTHS):
-            _run(model, tokens, _count(tokens))
+            run_original(model, tokens, _count(tokens))
     except NotUnderstoodError as error:
         raise ValueError(f"{running[-1]}: {error}") from None
     finally:
@@ -230,13 +230,14 @@ def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
         tokens = _tokens(model, length)
         calls = Calls(tokens.shape, lambda call: torch.zeros_like(call.q))
         with calls:
-            _run(model, tokens, _count(tokens))
+            run_original(model, tokens, _count(tokens))
         placed.append(calls.follows - calls.others)
         written.append(calls.products)
     return set.intersection(*placed), set.intersection(*written)
 
 
-def _run(model: nn.Module, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def run_original(model: nn.Module, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Logits `[B, L, V]` of token ids `[B, L]`; a model that takes positions gets these, `[L]`."""
     known = inspect.signature(model.forward).parameters
     named: dict[str, Any] = dict.fromkeys((n for n in _POSITION_ARGUMENTS if n in known), positions)
     if "position_ids" in named:  # Transformers' name, and its shape

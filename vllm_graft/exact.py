@@ -344,6 +344,11 @@ def define_op(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any])
     name = schema.split("(")[0]
     _LIBRARY.define(schema)
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    fake_op(name, fake)
+
+
+def fake_op(name: str, fake: Callable[..., Any]) -> None:
+    """Tell the compiler what `torch.ops.vllm_graft.NAME` gives."""
     torch.library.register_fake(f"vllm_graft::{name}", fake, lib=_LIBRARY)
 
 

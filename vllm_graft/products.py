@@ -23,7 +23,7 @@ ATTRIBUTE = "graft_packed"
 _UNPACKED_AT_ONCE = 256
 
 
-class Kernel(Protocol):
+class Copy(Protocol):
     """A packed weight `[M, K]`, owned by who multiplies by it."""
 
     @property
@@ -31,25 +31,29 @@ class Kernel(Protocol):
         """What `multiply` takes, `[1]` int64."""
 
 
-class Packer(Protocol):
-    """Packs weights and multiplies by them (`serve._vllm_packed` has one)."""
+class Kernel(Protocol):
+    """Multiplies by packed weights of one size."""
 
-    def takes(self, weight: torch.Tensor) -> bool:
-        """Whether products by `weight` have the bits of `exact.linear`."""
-
-    def joins(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether one product by `weights`, one behind the other, has the bits of one by each."""
-
-    def pack(self, weight: torch.Tensor) -> Kernel:
+    def pack(self, weight: torch.Tensor) -> Copy:
         """A packed copy of `[M, K]`."""
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        """`[..., K]` to `[..., M]`, M being `outputs`; no gradient."""
+
+
+class Packer(Protocol):
+    """Knows how to multiply by packed weights (`serve._vllm_packed` has one)."""
+
+    def kernel(self, weights: Sequence[torch.Tensor]) -> Kernel | None:
+        """For one product by `weights`, one behind the other; None where it has other bits.
+
+        Other than `exact.linear` by each of them, that is.
+        """
 
     def settle(self, run: Callable[[int], None]) -> None:
         """Once all is packed: `run` makes all products with a number of rows, to be timed."""
-
-    def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
-    ) -> torch.Tensor:
-        """`[..., K]` to `[..., M]`, M being `rows`; no gradient."""
 
 
 class _State:
@@ -194,16 +198,16 @@ class Group:
 class Packed(Group):
     """One packed copy of the weights of layers that read the same input."""
 
-    def __init__(self, members: Sequence[Call], packer: Packer) -> None:
+    def __init__(self, members: Sequence[Call], kernel: Kernel) -> None:
         super().__init__(members)
-        self._packer = packer
-        self._kernel: Kernel | None = None
+        self._kernel = kernel
+        self._copy: Copy | None = None
         # Compiled code holds this very tensor.
         self._handle = torch.zeros(1, dtype=torch.int64)
 
     def multiply(self, x: torch.Tensor) -> torch.Tensor:
         """By the packed copy."""
-        return self._packer.multiply(x, self._bias, self._handle, self._ends[-1])
+        return self._kernel.multiply(x, self._bias, self._handle, self._ends[-1])
 
     def rehearse(self, rows: int) -> int:
         """Make the product with so many rows of zeros; how many bytes of weights it read."""
@@ -218,8 +222,8 @@ class Packed(Group):
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._weights]
-            self._kernel = self._packer.pack(_joined(weights))
-            self._handle.copy_(self._kernel.handle)
+            self._copy = self._kernel.pack(_joined(weights))
+            self._handle.copy_(self._copy.handle)
             if self._with_bias:
                 self._bias = _joined([member.bias.detach() for member in self._members])
         self._seen = self._look()
@@ -253,7 +257,7 @@ class Packed(Group):
         unit = torch.eye(width, dtype=weight.dtype)
         for first in range(0, width, _UNPACKED_AT_ONCE):
             some = unit[first : first + _UNPACKED_AT_ONCE]
-            columns = self._packer.multiply(some, None, self._handle, self._ends[-1])
+            columns = self._kernel.multiply(some, None, self._handle, self._ends[-1])
             weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
 
 
@@ -298,13 +302,17 @@ def siblings(calls: Iterable[Call], takes: Callable[[torch.Tensor], bool]) -> li
 
 def pack_products(calls: Iterable[Call], packer: Packer) -> list[Packed]:
     """Packed copies for the layers that ran."""
-    groups = siblings(calls, packer.takes)
-    return [Packed(part, packer) for group in groups for part in _joinable(group, packer)]
+    groups = siblings(calls, lambda weight: packer.kernel([weight]) is not None)
+    return [packed for group in groups for packed in _packed(group, packer)]
 
 
-def _joinable(group: list[Call], packer: Packer) -> list[list[Call]]:
-    joins = packer.joins([call.module.weight for call in group])
-    return [group] if joins else [[call] for call in group]
+def _packed(group: list[Call], packer: Packer) -> list[Packed]:
+    """One copy for all, or one for each where that has other bits."""
+    together = packer.kernel([call.module.weight for call in group])
+    if together is not None:
+        return [Packed(group, together)]
+    alone = [(call, packer.kernel([call.module.weight])) for call in group]
+    return [Packed([call], kernel) for call, kernel in alone if kernel is not None]
 
 
 def restore_weights(model: nn.Module) -> None:

@@ -195,6 +195,11 @@ def same_order(
 ) -> bool:
     """Whether two products by a weight `[M, K]` add in one order, tried with `TILE` rows."""
     with torch.inference_mode(False), torch.no_grad():
-        weight = cancelling((outputs, inputs), dtype, seed=0)
-        x = cancelling((TILE, inputs), dtype, seed=1)
+        weight, x = telling(outputs, inputs, dtype)
         return torch.equal(one(weight)(x), other(weight)(x))
+
+
+def telling(outputs: int, inputs: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight `[M, K]` and `TILE` rows whose product tells in what order it was added."""
+    weight = cancelling((outputs, inputs), dtype, seed=0)
+    return weight, cancelling((TILE, inputs), dtype, seed=1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_graft import products
 from vllm_graft.exact import make_exact
 
 pytestmark = pytest.mark.slow  # seconds of compiling for each
@@ -65,3 +66,26 @@ def test_a_lone_row_of_many_numbers_has_the_bits_that_it_has_among_others(dtype)
         compiled = compiled_once(model, 5, 4096, dtype)
         alone = torch.cat([compiled(x[:, i : i + 1]) for i in range(16)], 1)
     assert torch.equal(alone, model(x))
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_packed_products_in_one_graph_have_the_bits_of_unpacked_ones(dtype, bias):
+    pytest.importorskip("vllm")
+    from vllm_graft.serve._vllm_packed import CpuPacker
+
+    torch.manual_seed(0)
+    model = Block(bias).to(dtype)
+    make_exact(model)
+    with torch.no_grad():
+        with products.watching() as calls:
+            model(torch.randn(1, 5, 256).to(dtype))
+        for packed in products.pack_products(calls, CpuPacker(exact=True)):
+            packed.pack()
+        with products.serving():
+            compiled = compiled_once(model, 5, 256, dtype)
+        for rows in (1, 2, 3, 12, 13, 40, 129):
+            x = torch.randn(1, rows, 256).to(dtype)
+            with products.serving():
+                got = compiled(x)
+            assert torch.equal(got, model(x)), rows

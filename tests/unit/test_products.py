@@ -32,11 +32,8 @@ class CopyingPacker:
         self.kernels = {}
         self.products = 0
 
-    def takes(self, weight):
-        return weight.dim() == 2
-
-    def joins(self, weights):
-        return True
+    def kernel(self, weights):
+        return self
 
     def pack(self, weight):
         kernel = Copied(weight.clone(), len(self.kernels) + 1)

@@ -175,25 +175,32 @@ def test_products_of_heads_give_a_row_the_same_bits_in_any_batch(dtype) -> None:
         assert torch.equal(exact.heads_product(x[:rows], weight), whole[:rows])
 
 
+@pytest.mark.parametrize("built", [True, False], ids=["built", "not built"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_packed_products_have_the_bits_of_linear_or_are_not_taken(shape, dtype) -> None:
+def test_packed_products_have_the_bits_of_linear_or_are_not_taken(
+    shape, dtype, built, monkeypatch
+) -> None:
     pytest.importorskip("vllm")
+    from vllm_graft.kernels import packed_bf16
     from vllm_graft.serve._vllm_packed import CpuPacker
 
     inputs, outputs = shape
     weight = torch.nn.Parameter(cancelling((outputs, inputs), dtype, seed=0))
     x = cancelling((700, inputs), dtype, seed=3)
+    if not built:
+        monkeypatch.setattr(packed_bf16, "available", lambda: False)
     packer = CpuPacker(exact=True)
-    if not packer.takes(weight):
-        assert dtype == torch.float32 or not CpuPacker(exact=False).takes(weight)
+    kernel = packer.kernel([weight])
+    if kernel is None:
+        assert dtype == torch.float32 or CpuPacker(exact=False).kernel([weight]) is None
         return
-    kernel = packer.pack(weight.detach())
+    copy = kernel.pack(weight.detach())
     with torch.no_grad():
         for fewest in (1, 4):
-            packer._fewest = fewest
+            packer._one_dnn._fewest = fewest
             for rows in (1, 2, 3, 11, 33, 77, 128, 303, 450, 700):
-                got = packer.multiply(x[:rows], None, kernel.handle, outputs)
+                got = kernel.multiply(x[:rows], None, copy.handle, outputs)
                 assert torch.equal(got, exact.linear(x[:rows], weight, None)), rows
 
 
@@ -218,10 +225,10 @@ def test_few_rows_are_padded_where_that_takes_less_time(seconds, fewest, monkeyp
     monkeypatch.setattr(_vllm_packed.time, "perf_counter", lambda: Clock.now)
     packer = _vllm_packed.CpuPacker(exact=True)
     packer.settle(run)
-    assert packer._fewest == fewest
+    assert packer._one_dnn._fewest == fewest
     fast = _vllm_packed.CpuPacker(exact=False)
     fast.settle(run)
-    assert fast._fewest == 1  # its bits would depend on the clock
+    assert fast._one_dnn._fewest == 1  # its bits would depend on the clock
 
 
 def test_another_order_of_additions_is_told_apart() -> None:

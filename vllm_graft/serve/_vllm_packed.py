@@ -1,4 +1,4 @@
-"""vLLM's packed products on CPU, behind `products.Packer` (internals of vLLM, as `_vllm.py`).
+"""Packed products on CPU, behind `products.Packer`; vLLM's are its internals, as in `_vllm.py`.
 
 Legend: R rows, K inputs, M outputs.
 """
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from vllm_graft.exact import compiled_serving, define_op
-from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order
+from vllm_graft.kernels import packed_bf16
+from vllm_graft.products import Kernel
+from vllm_graft.tiles import ByWeight, Product, Rows, fill_by_rows, linear_rows, same_order, telling
 
 
 @functools.cache
@@ -33,9 +35,7 @@ def packs(dtype: torch.dtype) -> bool:
 
 
 class CpuPacker:
-    """vLLM's packed oneDNN products, by which its own linear layers serve on CPU.
-
-    Relies on `create_onednn_mm` and `onednn_mm` of `vllm._custom_ops`, up to 0.32.
+    """Packed products on CPU: Graft's own where there are, else vLLM's by oneDNN.
 
     Args:
         exact: take only weights whose products have the bits of `exact.linear`, and give a row
@@ -45,32 +45,73 @@ class CpuPacker:
     def __init__(self, *, exact: bool) -> None:
         self._exact = exact
         self._dtypes = tuple(filter(packs, (torch.bfloat16, torch.float32)))
+        self._one_dnn = OneDnn(exact=exact)
+
+    def kernel(self, weights: Sequence[torch.Tensor]) -> Kernel | None:
+        """See `products.Packer`."""
+        if not all(map(self._may_pack, weights)):
+            return None
+        parts, inputs = tuple(len(weight) for weight in weights), weights[0].shape[1]
+        if packed_bf16.takes(weights[0]):
+            chunk = chunk_as_linear(parts, inputs) if self._exact else inputs
+            if chunk is not None:
+                return PackedBf16(chunk)
+        same = not self._exact or _adds_as_linear(parts, inputs, weights[0].dtype)
+        return self._one_dnn if same else None
+
+    def _may_pack(self, weight: torch.Tensor) -> bool:
+        plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
+        fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
+        return fits and weight.device.type == "cpu"
+
+    def settle(self, run: Callable[[int], None]) -> None:
+        """See `products.Packer`."""
+        self._one_dnn.settle(run)
+
+
+@dataclass(frozen=True)
+class PackedBf16:
+    """Graft's own products, adding up so many inputs at a time."""
+
+    chunk: int
+
+    def pack(self, weight: torch.Tensor) -> packed_bf16.Packed:
+        """See `products.Kernel`."""
+        return packed_bf16.pack(weight)
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
+    ) -> torch.Tensor:
+        """See `products.Kernel`."""
+        flat = x.reshape(-1, x.shape[-1])
+        out = packed_bf16.multiply(flat, bias, handle, outputs, self.chunk)
+        return out.view(*x.shape[:-1], outputs)
+
+
+class OneDnn:
+    """vLLM's packed oneDNN products, by which its own linear layers serve on CPU.
+
+    Relies on `create_onednn_mm` and `onednn_mm` of `vllm._custom_ops`, up to 0.32.
+
+    Args:
+        exact: give a row the same bits among any others.
+    """
+
+    def __init__(self, *, exact: bool) -> None:
+        self._exact = exact
         self._fewest = 1
         """Fewer rows are padded to so many."""
 
-    def takes(self, weight: torch.Tensor) -> bool:
-        """Whether `weight` is a matrix that may be packed."""
-        plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
-        fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
-        if not (fits and weight.device.type == "cpu"):
-            return False
-        return self.joins([weight])
-
-    def joins(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether one product by `weights` has the bits of a product by each."""
-        rows = tuple(weight.shape[0] for weight in weights)
-        return not self._exact or _adds_as_linear(rows, weights[0].shape[1], weights[0].dtype)
-
-    def pack(self, weight: torch.Tensor) -> OneDnnKernel:
-        """A packed copy of `[M, K]`."""
+    def pack(self, weight: torch.Tensor) -> OneDnnCopy:
+        """See `products.Kernel`."""
         return _packed(weight)
 
     def settle(self, run: Callable[[int], None]) -> None:
         """Find out how many rows take the least time.
 
-        oneDNN's kernels for one row and two read weights from memory slower than those for four:
-        26, 36 and 21 ms for the products of a 0.5B step on an AMD EPYC. Only exact products are
-        padded to what was found: theirs are the same bits among any rows.
+        oneDNN's kernels for one row and two may read weights from memory slower than those for
+        four. Only exact products are padded to what was found: theirs are the same bits among any
+        rows.
 
         Args:
             run: makes all products of a step with so many rows.
@@ -82,15 +123,15 @@ class CpuPacker:
             self._fewest = best if times[best] < _WORTH_IT * times[1] else 1
 
     def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, rows: int
+        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
     ) -> torch.Tensor:
-        """`[..., K]` to `[..., rows]`; see `products.Packer`."""
+        """See `products.Kernel`."""
         flat = x.reshape(-1, x.shape[-1])
         if self._exact:
-            out = _multiply_exactly(flat, bias, handle, rows, self._fewest)
+            out = _multiply_exactly(flat, bias, handle, outputs, self._fewest)
         else:
-            out = _multiply(flat, bias, handle, rows)
-        return out.view(*x.shape[:-1], rows)
+            out = _multiply(flat, bias, handle, outputs)
+        return out.view(*x.shape[:-1], outputs)
 
 
 _FEW = (1, 2, 4, 8)
@@ -105,10 +146,10 @@ def _seconds(run: Callable[[int], None], rows: int) -> float:
     return time.perf_counter() - start
 
 
-def _packed(weight: torch.Tensor) -> OneDnnKernel:
+def _packed(weight: torch.Tensor) -> OneDnnCopy:
     from vllm import _custom_ops as ops
 
-    return OneDnnKernel(ops.create_onednn_mm(weight.t(), 32))
+    return OneDnnCopy(ops.create_onednn_mm(weight.t(), 32))
 
 
 def _multiply(
@@ -168,20 +209,38 @@ def _packed_step(outputs: int, inputs: int, dtype: torch.dtype) -> int | None:
 
 
 @functools.cache
-def _adds_as_linear(rows: tuple[int, ...], inputs: int, dtype: torch.dtype) -> bool:
-    """Whether a packed product has the bits of a `F.linear` by each part of the weight.
+def _adds_as_linear(parts: tuple[int, ...], inputs: int, dtype: torch.dtype) -> bool:
+    """Whether one packed product by weights of so many rows has the bits of `F.linear` by each.
 
     In float32 it often has not.
     """
+    return same_order(_by_packed_weight, _by_parts(parts), sum(parts), inputs, dtype)
 
+
+@functools.cache
+def chunk_as_linear(parts: tuple[int, ...], inputs: int) -> int | None:
+    """The chunk by which `packed_bf16` has the bits of `F.linear` by weights of so many rows."""
+    with torch.inference_mode(False), torch.no_grad():
+        weight, x = telling(sum(parts), inputs, torch.bfloat16)
+        want, packed = _by_parts(parts)(weight)(x), packed_bf16.pack(weight)
+
+        def has_the_bits(chunk: int) -> bool:
+            got = packed_bf16.multiply(x, None, packed.handle, len(weight), chunk)
+            return torch.equal(got, want)
+
+        # oneDNN's block is 1,024 inputs, or half of it for some sizes.
+        return next(filter(has_the_bits, (1024, 512, inputs)), None)
+
+
+def _by_parts(parts: tuple[int, ...]) -> ByWeight:
     def apart(weight: torch.Tensor) -> Product:
-        return lambda x: torch.cat([F.linear(x, part) for part in weight.split(rows)], -1)
+        return lambda x: torch.cat([F.linear(x, part) for part in weight.split(parts)], -1)
 
-    return same_order(_by_packed_weight, apart, sum(rows), inputs, dtype)
+    return apart
 
 
 @dataclass(frozen=True)
-class OneDnnKernel:
+class OneDnnCopy:
     """Keeps vLLM's handler alive, which frees the packed weight when it goes."""
 
     handler: Any

@@ -17,6 +17,7 @@ from vllm_graft.attention.mla import TrainableMLA
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
 from vllm_graft.families.handwritten import PlainForCausalLM
+from vllm_graft.kernels import packed_bf16
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
 from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp, _vllm_sampling
@@ -298,7 +299,8 @@ def _check_stages_supported(arch: str, model: nn.Module, context: ParallelContex
 
 def model_digest(arch: str, model: nn.Module) -> str:
     """A digest of what the compiled code of `model` depends on, values of weights aside."""
-    digest = hashlib.sha256(f"{arch}|{tiles.circumstances()}".encode())
+    own_products = _vllm.platform_device() == "cpu" and packed_bf16.available()
+    digest = hashlib.sha256(f"{arch}|{tiles.circumstances()}|{own_products}".encode())
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if k not in _TORCH_STATE}
         digest.update(f"{name}|{type(module).__qualname__}|{_constants(plain, 3)}".encode())

@@ -1,0 +1,146 @@
+// Products of bf16 rows and a packed bf16 weight, by AVX-512's dot products of pairs.
+//
+// One to eight rows take the time of reading the weight once. A number of the result is one sum
+// over K, cut into chunks that are added up in float32; its order does not follow from the rows
+// around it.
+//
+// Legend: R rows, K inputs (even), M outputs. Packed: [panels, K / 2, PANEL, 2], M cut into panels
+// of PANEL, the last one filled up with zeros.
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <utility>
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+namespace {
+
+using torch::stable::Tensor;
+using bf16 = uint16_t;
+
+constexpr int PANEL = 32;           // outputs of one pass: two registers of sums for each row
+constexpr int ROWS = 12;            // rows of one pass: 24 of the 32 registers hold sums
+constexpr int64_t AHEAD = 32;       // pairs between what is multiplied and what is fetched
+constexpr int64_t CACHED = 1 << 18; // numbers of x that stay in a core's cache between panels
+
+struct Sizes {
+  int64_t outputs, pairs;
+  int64_t chunk; // in pairs
+};
+
+__m512 wide(const bf16* numbers) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)numbers));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+// Adds the chunk of pairs from `first` to `last` to `sums`.
+template <int N>
+void add_chunk(const bf16* x, const bf16* panel, const Sizes& of, int64_t first, int64_t last,
+               const bf16* fetch, __m512 (&sums)[N][2]) {
+  __m512 chunk[N][2];
+  for (auto& row : chunk) row[0] = row[1] = _mm512_setzero_ps();
+  for (int64_t k = first; k < last; ++k) {
+    const auto low = (__m512bh)_mm512_loadu_si512(panel + k * 2 * PANEL);
+    const auto high = (__m512bh)_mm512_loadu_si512(panel + k * 2 * PANEL + PANEL);
+    // The processor's own prefetching stops at each page.
+    _mm_prefetch((const char*)(fetch + k * 2 * PANEL), _MM_HINT_T0);
+    _mm_prefetch((const char*)(fetch + k * 2 * PANEL + PANEL), _MM_HINT_T0);
+#pragma GCC unroll 12
+    for (int r = 0; r < N; ++r) {
+      const auto pair = (__m512bh)_mm512_set1_epi32(((const int32_t*)(x + r * 2 * of.pairs))[k]);
+      chunk[r][0] = _mm512_dpbf16_ps(chunk[r][0], pair, low);
+      chunk[r][1] = _mm512_dpbf16_ps(chunk[r][1], pair, high);
+    }
+  }
+  for (int r = 0; r < N; ++r)
+    for (int half = 0; half < 2; ++half)
+      sums[r][half] = first ? _mm512_add_ps(sums[r][half], chunk[r][half]) : chunk[r][half];
+}
+
+void store(__m512 sum, const bf16* bias, bf16* out, int64_t room) {
+  const auto lanes = (__mmask16)((1u << std::clamp<int64_t>(room, 0, 16)) - 1);
+  if (bias) {
+    alignas(32) bf16 some[16];
+    _mm256_store_si256((__m256i*)some, _mm256_maskz_loadu_epi16(lanes, bias));
+    sum = _mm512_add_ps(sum, wide(some));
+  }
+  _mm256_mask_storeu_epi16(out, lanes, (__m256i)_mm512_cvtneps_pbh(sum));
+}
+
+// N rows times one panel.
+template <int N>
+void multiply(const bf16* x, const bf16* panel, const bf16* bias, bf16* out, const Sizes& of,
+              int64_t room, const bf16* fetch) {
+  __m512 sums[N][2];
+  for (int64_t first = 0; first < of.pairs; first += of.chunk)
+    add_chunk<N>(x, panel, of, first, std::min(of.pairs, first + of.chunk), fetch, sums);
+  for (int r = 0; r < N; ++r) {
+    bf16* row = out + r * of.outputs;
+    store(sums[r][0], bias, row, room);
+    store(sums[r][1], bias ? bias + 16 : nullptr, row + 16, room - 16);
+  }
+}
+
+using Multiply = decltype(&multiply<1>);
+
+template <int... N>
+constexpr std::array<Multiply, sizeof...(N)> for_rows(std::integer_sequence<int, N...>) {
+  return {multiply<N + 1>...};
+}
+
+constexpr auto MULTIPLY = for_rows(std::make_integer_sequence<int, ROWS>{});
+
+// All rows of [first, last) times one panel, as few at a time as fit the registers evenly.
+void multiply_panel(const bf16* x, const bf16* panel, const bf16* bias, bf16* out,
+                    const Sizes& of, int64_t room, int64_t first, int64_t last) {
+  const int64_t passes = (last - first + ROWS - 1) / ROWS;
+  for (int64_t pass = 0, from = first; pass < passes; ++pass) {
+    const int64_t rows = (last - from) / (passes - pass);
+    // The first pass reads the panel from memory, the others from a cache.
+    const bf16* fetch = pass ? panel : panel + AHEAD * 2 * PANEL;
+    MULTIPLY[rows - 1](x + from * 2 * of.pairs, panel, bias, out + from * of.outputs, of, room, fetch);
+    from += rows;
+  }
+}
+
+Tensor packed_bf16(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& handle,
+                   int64_t outputs, int64_t chunk) {
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  STD_TORCH_CHECK(x.is_contiguous() && inputs % 2 == 0 && chunk % 2 == 0 && chunk > 0,
+                  "packed_bf16: x is ", rows, " by ", inputs, ", chunk ", chunk,
+                  ": x must be contiguous, inputs and chunk even");
+  Tensor result = torch::stable::new_empty(x, {rows, outputs});
+  const Sizes of{outputs, inputs / 2, chunk / 2};
+  const auto* numbers = (const bf16*)x.const_data_ptr();
+  const auto* packed = (const bf16*)*(const int64_t*)handle.const_data_ptr();
+  const auto* added = bias ? (const bf16*)bias->const_data_ptr() : nullptr;
+  auto* out = (bf16*)result.mutable_data_ptr();
+  const int64_t panels = (outputs + PANEL - 1) / PANEL;
+  const int64_t group = std::max<int64_t>(ROWS, CACHED / inputs / ROWS * ROWS);
+  const int64_t groups = (rows + group - 1) / group;
+  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t first = task / panels * group, column = task % panels * PANEL;
+      multiply_panel(numbers, packed + column * inputs, added ? added + column : nullptr,
+                     out + column, of, outputs - column, first, std::min(rows, first + group));
+    }
+  });
+  return result;
+}
+
+} // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(vllm_graft, library) {
+  library.def(
+      "packed_bf16(Tensor x, Tensor? bias, Tensor handle, int outputs, int chunk) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(vllm_graft, CPU, library) {
+  library.impl("packed_bf16", TORCH_BOX(&packed_bf16));
+}

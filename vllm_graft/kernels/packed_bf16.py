@@ -1,0 +1,76 @@
+"""bf16 products by packed weights on processors with AVX-512, but without AMX.
+
+One to eight rows take as long as reading the weight; oneDNN's packed products take up to half as
+long again (docs/performance.md). A row's bits do not depend on the rows around it, by
+construction. The order of additions along K can be made that of oneDNN, which adds up chunks.
+
+Legend: R rows, K inputs, M outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from vllm_graft.exact import fake_op
+from vllm_graft.kernels.build import load_operators
+
+PANEL = 32
+"""Outputs that lie together, as in `packed_bf16.cpp`."""
+_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")
+
+
+@functools.cache
+def available() -> bool:
+    """Whether this machine multiplies so, and the operator could be built."""
+    # With AMX oneDNN multiplies many rows several times as fast.
+    fits = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
+    if not (fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=_FLAGS)):
+        return False
+    fake_op("packed_bf16", lambda x, bias, handle, outputs, chunk: x.new_empty(x.shape[0], outputs))
+    return True
+
+
+def takes(weight: torch.Tensor) -> bool:
+    """Whether a weight `[M, K]` can be packed: pairs of inputs are multiplied at once."""
+    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and available()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Keeps a packed weight alive."""
+
+    numbers: torch.Tensor
+    """`[panels, K / 2, PANEL, 2]`."""
+    handle: torch.Tensor
+    """Its address, `[1]` int64."""
+
+
+def pack(weight: torch.Tensor) -> Packed:
+    """A packed copy of `[M, K]`."""
+    rows, inputs = weight.shape
+    pairs = F.pad(weight, (0, 0, 0, -rows % PANEL)).contiguous().view(torch.int32)
+    panels = pairs.view(-1, PANEL, inputs // 2).transpose(1, 2).contiguous()
+    return Packed(panels, torch.tensor([panels.data_ptr()]))
+
+
+def multiply(
+    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int, chunk: int
+) -> torch.Tensor:
+    """`[R, K]` to `[R, M]`; no gradient.
+
+    Args:
+        x: any number of rows.
+        bias: `[M]` or None.
+        handle: of the packed weight.
+        outputs: M.
+        chunk: inputs whose products are added up before they join the sum, an even number.
+    """
+    out: torch.Tensor = torch.ops.vllm_graft.packed_bf16(
+        x.contiguous(), bias, handle, outputs, chunk
+    )
+    return out

@@ -32,7 +32,7 @@ Weights = list[tuple[int, int, Copy]]
 
 def pack(kernel: Kernel) -> Weights:
     """Weights of all layers."""
-    return [(outputs, width, kernel.pack(torch.randn(outputs, width, dtype=torch.bfloat16)))
+    return [(outputs, width, kernel.pack([torch.randn(outputs, width, dtype=torch.bfloat16)]))
             for _ in range(LAYERS) for outputs, width in SHAPES]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def step_ms(kernel: Kernel, weights: Weights, rows: int) -> float:
     inputs = {width: torch.randn(rows, width, dtype=torch.bfloat16) for _, width in SHAPES}
     start = time.perf_counter()
     for outputs, width, copy in weights:
-        kernel.multiply(inputs[width], None, copy.handle, outputs)
+        kernel.multiply(inputs[width], None, copy.handle, [outputs])
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -33,17 +33,19 @@ class Joined(Group):
         self._linear = linear
         first = self._weights[0].detach()
         # Compiled code holds these very tensors.
-        self._weight = first.new_empty(self._ends[-1], first.shape[1])
+        self._weight = first.new_empty(sum(self._rows), first.shape[1])
         if self._with_bias:
-            self._bias = first.new_empty(self._ends[-1])
+            self._bias = first.new_empty(sum(self._rows))
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """By all weights at once."""
-        return self._linear(x, self._weight, self._bias)
+        out: torch.Tensor = self._linear(x, self._weight, self._bias)
+        parts: Sequence[torch.Tensor] = out.split(self._rows, -1)
+        return parts
 
     def pack(self) -> None:
         """Lay together what lies elsewhere."""
-        self._input = self._output = None
+        self._input = self._outputs = None
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             self._lay(self._weights, self._weight)

@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, Protocol
 
 import torch
@@ -24,7 +23,7 @@ _UNPACKED_AT_ONCE = 256
 
 
 class Copy(Protocol):
-    """A packed weight `[M, K]`, owned by who multiplies by it."""
+    """Packed weights, owned by who multiplies by them."""
 
     @property
     def handle(self) -> torch.Tensor:
@@ -32,22 +31,29 @@ class Copy(Protocol):
 
 
 class Kernel(Protocol):
-    """Multiplies by packed weights of one size."""
+    """Multiplies by packed weights that share their input."""
 
-    def pack(self, weight: torch.Tensor) -> Copy:
-        """A packed copy of `[M, K]`."""
+    def pack(self, weights: Sequence[torch.Tensor]) -> Copy:
+        """A packed copy of weights `[M, K]`."""
 
     def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
-        """`[..., K]` to `[..., M]`, M being `outputs`; no gradient."""
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        handle: torch.Tensor,
+        outputs: Sequence[int],
+    ) -> Sequence[torch.Tensor]:
+        """`[..., K]` to `[..., M]` for each weight; no gradient.
+
+        `bias` is that of all, one behind the other, and `outputs` holds M of each.
+        """
 
 
 class Packer(Protocol):
     """Knows how to multiply by packed weights (`serve._vllm_packed` has one)."""
 
     def kernel(self, weights: Sequence[torch.Tensor]) -> Kernel | None:
-        """For one product by `weights`, one behind the other; None where it has other bits.
+        """For one product by all `weights`; None where it has other bits.
 
         Other than `exact.linear` by each of them, that is.
         """
@@ -133,11 +139,10 @@ class Group:
         # Held, since vLLM's reload puts stand-ins into the modules for a while.
         self._weights: list[nn.Parameter] = [member.weight for member in self._members]
         self._rows = [weight.shape[0] for weight in self._weights]
-        self._ends = list(accumulate(self._rows))
         self._bias: torch.Tensor | None = None
         self._seen: list[Seen] = []
         self._input: torch.Tensor | None = None
-        self._output: torch.Tensor | None = None
+        self._outputs: Sequence[torch.Tensor] | None = None
         self.released = False
         for index, member in enumerate(self._members):
             setattr(member, ATTRIBUTE, _Place(self, index))
@@ -146,22 +151,19 @@ class Group:
         """Take the weights as they are now."""
         raise NotImplementedError
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., K]` to the outputs of all members, one behind the other."""
+    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """`[..., K]` to the outputs of each member."""
         raise NotImplementedError
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
         """`[..., M]` of member `index`; one product for all, made for the first of them."""
-        out = self._output
-        if out is None or self._input is not x:
-            out = self.multiply(x)
-            self._input, self._output = x, out
+        outputs = self._outputs
+        if outputs is None or self._input is not x:
+            outputs = self.multiply(x)
+            self._input, self._outputs = x, outputs
         if index == len(self._rows) - 1:
-            self._input = self._output = None
-        if len(self._rows) == 1:
-            return out
-        end = self._ends[index]
-        return out[..., end - self._rows[index] : end]
+            self._input = self._outputs = None
+        return outputs[index]
 
     def refresh(self) -> None:
         """Pack anew if a weight or bias was exchanged, moved or written by an operation."""
@@ -205,27 +207,28 @@ class Packed(Group):
         # Compiled code holds this very tensor.
         self._handle = torch.zeros(1, dtype=torch.int64)
 
-    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """By the packed copy."""
-        return self._kernel.multiply(x, self._bias, self._handle, self._ends[-1])
+        return self._kernel.multiply(x, self._bias, self._handle, self._rows)
 
     def rehearse(self, rows: int) -> int:
         """Make the product with so many rows of zeros; how many bytes of weights it read."""
         weight = self._weights[0]
         inputs = weight.shape[1]
         self.multiply(torch.zeros(rows, inputs, dtype=weight.dtype))
-        return self._ends[-1] * inputs * weight.itemsize
+        return sum(self._rows) * inputs * weight.itemsize
 
     def pack(self) -> None:
         """Pack the weights as they are now."""
-        self._input = self._output = None
+        self._input = self._outputs = None
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._weights]
-            self._copy = self._kernel.pack(_joined(weights))
+            self._copy = self._kernel.pack(weights)
             self._handle.copy_(self._copy.handle)
             if self._with_bias:
-                self._bias = _joined([member.bias.detach() for member in self._members])
+                bias = torch.cat([member.bias.detach() for member in self._members])
+                self._bias = bias if self._bias is None else self._bias.copy_(bias)
         self._seen = self._look()
 
     def release(self) -> None:
@@ -244,21 +247,21 @@ class Packed(Group):
             return
         self.released = False
         with torch.inference_mode(False), torch.no_grad():
-            for weight, end in zip(self._weights, self._ends, strict=True):
+            for index, weight in enumerate(self._weights):
                 restored = weight.new_empty(weight.shape)
                 if values:
-                    self._unpack(restored, end)
+                    self._unpack(restored, index)
                 weight.data = restored
         seen = self._look()
         self._seen = seen if values else []
 
-    def _unpack(self, weight: torch.Tensor, end: int) -> None:
-        rows, width = weight.shape
+    def _unpack(self, weight: torch.Tensor, index: int) -> None:
+        width = weight.shape[1]
         unit = torch.eye(width, dtype=weight.dtype)
         for first in range(0, width, _UNPACKED_AT_ONCE):
             some = unit[first : first + _UNPACKED_AT_ONCE]
-            columns = self._kernel.multiply(some, None, self._handle, self._ends[-1])
-            weight[:, first : first + len(some)] = columns[:, end - rows : end].t()
+            columns = self._kernel.multiply(some, None, self._handle, self._rows)[index]
+            weight[:, first : first + len(some)] = columns.t()
 
 
 Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
@@ -278,10 +281,6 @@ def unchanged(seen: list[Seen]) -> bool:
 def looks() -> int:
     """A number that tells when what `Group.seen` gave may be old."""
     return _State.looks
-
-
-def _joined(tensors: list[torch.Tensor]) -> torch.Tensor:
-    return tensors[0] if len(tensors) == 1 else torch.cat(tensors)
 
 
 def siblings(calls: Iterable[Call], takes: Callable[[torch.Tensor], bool]) -> list[list[Call]]:

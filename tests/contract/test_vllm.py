@@ -397,13 +397,14 @@ def test_packed_products_are_there_for_float32_and_for_bf16_where_the_processor_
 def test_packed_products_give_a_row_the_same_bits_in_any_batch(dtype):
     if not _vllm_packed.packs(dtype):
         pytest.skip(f"no packed products in {dtype} on this processor")
-    packer = _vllm_packed.OneDnn(exact=False)
+    kernel = _vllm_packed.OneDnn(exact=False)
     weight, x = torch.randn(96, 64).to(dtype), torch.randn(33, 64).to(dtype)
-    kernel = packer.pack(weight)
-    whole = packer.multiply(x, None, kernel.handle, 96)
+    copy = kernel.pack([weight])
+    [whole] = kernel.multiply(x, None, copy.handle, [96])
     torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight))
     for rows in range(1, 34):
-        assert torch.equal(packer.multiply(x[:rows], None, kernel.handle, 96), whole[:rows]), rows
+        [got] = kernel.multiply(x[:rows], None, copy.handle, [96])
+        assert torch.equal(got, whole[:rows]), rows
     if dtype == torch.bfloat16:
         assert torch.equal(whole, torch.nn.functional.linear(x, weight))
 

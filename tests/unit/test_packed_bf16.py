@@ -24,21 +24,22 @@ needs_kernel = pytest.mark.skipif(
 @given(
     rows=st.integers(0, 70),
     pairs=st.integers(1, 300),
-    outputs=st.integers(1, 130),
+    outputs=st.lists(st.integers(1, 130), min_size=1, max_size=3),
     chunk=st.integers(1, 300).map(lambda pairs: 2 * pairs),
     with_bias=st.booleans(),
     seed=st.integers(0, 1 << 30),
 )
 def test_products_are_right_for_any_sizes(rows, pairs, outputs, chunk, with_bias, seed):
     random = torch.Generator().manual_seed(seed)
-    x, weight = (torch.randn(n, 2 * pairs, generator=random).bfloat16() for n in (rows, outputs))
-    bias = torch.randn(outputs, generator=random).bfloat16() if with_bias else None
-    packed = packed_bf16.pack(weight)
+    x, *weights = (torch.randn(n, 2 * pairs, generator=random).bfloat16() for n in (rows, *outputs))
+    bias = torch.randn(sum(outputs), generator=random).bfloat16() if with_bias else None
+    packed = packed_bf16.pack(weights)
     got = packed_bf16.multiply(x, bias, packed.handle, outputs, chunk)
-    want = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert [part.shape for part in got] == [(rows, count) for count in outputs]
+    joined = torch.cat(weights)
+    want = F.linear(x.double(), joined.double(), None if bias is None else bias.double())
     # One rounding to bf16 (half a unit of 2**-7), and float32 sums of up to 600 products.
-    assert got.shape == (rows, outputs)
-    assert ((got - want).abs() <= 2**-8 * want.abs() + 1e-4 * pairs**0.5).all()
+    assert ((torch.cat(got, -1) - want).abs() <= 2**-8 * want.abs() + 1e-4 * pairs**0.5).all()
 
 
 @needs_kernel
@@ -46,12 +47,12 @@ def test_products_are_right_for_any_sizes(rows, pairs, outputs, chunk, with_bias
 def test_a_row_has_the_same_bits_in_any_batch(inputs):
     weight = cancelling((200, inputs), torch.bfloat16, seed=0)
     x = cancelling((1100, inputs), torch.bfloat16, seed=1)
-    packed = packed_bf16.pack(weight)
-    whole = packed_bf16.multiply(x, None, packed.handle, 200, 512)
+    packed = packed_bf16.pack([weight])
+    [whole] = packed_bf16.multiply(x, None, packed.handle, [200], 512)
     for rows in (*range(1, 40), 100, 255, 256, 257, 1000):
         for first in (0, 1, 37):
             part = slice(first, first + rows)
-            got = packed_bf16.multiply(x[part], None, packed.handle, 200, 512)
+            [got] = packed_bf16.multiply(x[part], None, packed.handle, [200], 512)
             assert torch.equal(got, whole[part]), (rows, first)
 
 
@@ -59,12 +60,12 @@ def test_a_row_has_the_same_bits_in_any_batch(inputs):
 def test_the_number_of_threads_changes_no_bit():
     weight = cancelling((200, 1024), torch.bfloat16, seed=0)
     x = cancelling((300, 1024), torch.bfloat16, seed=1)
-    packed, results = packed_bf16.pack(weight), []
+    packed, results = packed_bf16.pack([weight]), []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(packed_bf16.multiply(x, None, packed.handle, 200, 512))
+            results += packed_bf16.multiply(x, None, packed.handle, [200], 512)
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1])
@@ -82,19 +83,19 @@ def test_a_chunk_is_found_that_gives_the_bits_of_linear(parts, inputs):
     assert chunk is not None
     random = torch.Generator().manual_seed(7)
     weight, x = (torch.randn(n, inputs, generator=random).bfloat16() for n in (sum(parts), 64))
-    packed = packed_bf16.pack(weight)
-    got = packed_bf16.multiply(x, None, packed.handle, sum(parts), chunk)
-    assert torch.equal(got, torch.cat([F.linear(x, part) for part in weight.split(parts)], -1))
+    packed = packed_bf16.pack(weight.split(parts))
+    got = packed_bf16.multiply(x, None, packed.handle, parts, chunk)
+    assert all(map(torch.equal, got, [F.linear(x, part) for part in weight.split(parts)]))
 
 
 @needs_kernel
 def test_input_that_cannot_be_multiplied_is_refused():
-    packed = packed_bf16.pack(torch.zeros(32, 64, dtype=torch.bfloat16))
+    packed = packed_bf16.pack([torch.zeros(32, 64, dtype=torch.bfloat16)])
     op = torch.ops.vllm_graft.packed_bf16
     x = torch.zeros(4, 64, dtype=torch.bfloat16)
     for wrong, chunk in ((x[:, :63].contiguous(), 64), (x, 0), (x, 3), (x.t(), 64)):
         with pytest.raises(RuntimeError, match="must be contiguous, inputs and chunk even"):
-            op(wrong, None, packed.handle, 32, chunk)
+            op(wrong, None, packed.handle, [32], chunk)
     assert not packed_bf16.takes(torch.zeros(4, 63, dtype=torch.bfloat16))
     assert not packed_bf16.takes(torch.zeros(4, 64))
 

@@ -195,12 +195,12 @@ def test_packed_products_have_the_bits_of_linear_or_are_not_taken(
     if kernel is None:
         assert dtype == torch.float32 or CpuPacker(exact=False).kernel([weight]) is None
         return
-    copy = kernel.pack(weight.detach())
+    copy = kernel.pack([weight.detach()])
     with torch.no_grad():
         for fewest in (1, 4):
             packer._one_dnn._fewest = fewest
             for rows in (1, 2, 3, 11, 33, 77, 128, 303, 450, 700):
-                got = kernel.multiply(x[:rows], None, copy.handle, outputs)
+                [got] = kernel.multiply(x[:rows], None, copy.handle, [outputs])
                 assert torch.equal(got, exact.linear(x[:rows], weight, None)), rows
 
 

@@ -4,8 +4,8 @@
 // over K, cut into chunks that are added up in float32; its order does not follow from the rows
 // around it.
 //
-// Legend: R rows, K inputs (even), M outputs. Packed: [panels, K / 2, PANEL, 2], M cut into panels
-// of PANEL, the last one filled up with zeros.
+// Legend: R rows, K inputs (even), M outputs of one of several weights. Packed, one weight behind
+// the other: [panels, K / 2, PANEL, 2], M cut into panels of PANEL, the last one filled up with zeros.
 
 #include <immintrin.h>
 
@@ -13,6 +13,7 @@
 #include <array>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,12 +27,18 @@ using bf16 = uint16_t;
 
 constexpr int PANEL = 32;           // outputs of one pass: two registers of sums for each row
 constexpr int ROWS = 12;            // rows of one pass: 24 of the 32 registers hold sums
-constexpr int64_t AHEAD = 32;       // pairs between what is multiplied and what is fetched
+constexpr int64_t AHEAD = 64;       // pairs between what is multiplied and what is fetched
 constexpr int64_t CACHED = 1 << 18; // numbers of x that stay in a core's cache between panels
 
 struct Sizes {
-  int64_t outputs, pairs;
-  int64_t chunk; // in pairs
+  int64_t pairs, chunk; // of inputs, both
+};
+
+// Where the outputs of one weight go.
+struct Part {
+  int64_t outputs;
+  const bf16* bias; // or null
+  bf16* out;        // [R, outputs]
 };
 
 __m512 wide(const bf16* numbers) {
@@ -42,15 +49,16 @@ __m512 wide(const bf16* numbers) {
 // Adds the chunk of pairs from `first` to `last` to `sums`.
 template <int N>
 void add_chunk(const bf16* x, const bf16* panel, const Sizes& of, int64_t first, int64_t last,
-               const bf16* fetch, __m512 (&sums)[N][2]) {
+               __m512 (&sums)[N][2]) {
   __m512 chunk[N][2];
   for (auto& row : chunk) row[0] = row[1] = _mm512_setzero_ps();
   for (int64_t k = first; k < last; ++k) {
     const auto low = (__m512bh)_mm512_loadu_si512(panel + k * 2 * PANEL);
     const auto high = (__m512bh)_mm512_loadu_si512(panel + k * 2 * PANEL + PANEL);
     // The processor's own prefetching stops at each page.
-    _mm_prefetch((const char*)(fetch + k * 2 * PANEL), _MM_HINT_T0);
-    _mm_prefetch((const char*)(fetch + k * 2 * PANEL + PANEL), _MM_HINT_T0);
+    const bf16* later = panel + (k + AHEAD) * 2 * PANEL;
+    _mm_prefetch((const char*)later, _MM_HINT_T1);
+    _mm_prefetch((const char*)(later + PANEL), _MM_HINT_T1);
 #pragma GCC unroll 12
     for (int r = 0; r < N; ++r) {
       const auto pair = (__m512bh)_mm512_set1_epi32(((const int32_t*)(x + r * 2 * of.pairs))[k]);
@@ -73,17 +81,19 @@ void store(__m512 sum, const bf16* bias, bf16* out, int64_t room) {
   _mm256_mask_storeu_epi16(out, lanes, (__m256i)_mm512_cvtneps_pbh(sum));
 }
 
-// N rows times one panel.
+// N rows from `row` on times one panel, whose first output is number `column` of its part.
 template <int N>
-void multiply(const bf16* x, const bf16* panel, const bf16* bias, bf16* out, const Sizes& of,
-              int64_t room, const bf16* fetch) {
+void multiply(const bf16* x, const bf16* panel, const Part& part, const Sizes& of, int64_t row,
+              int64_t column) {
   __m512 sums[N][2];
+  x += row * 2 * of.pairs;
   for (int64_t first = 0; first < of.pairs; first += of.chunk)
-    add_chunk<N>(x, panel, of, first, std::min(of.pairs, first + of.chunk), fetch, sums);
-  for (int r = 0; r < N; ++r) {
-    bf16* row = out + r * of.outputs;
-    store(sums[r][0], bias, row, room);
-    store(sums[r][1], bias ? bias + 16 : nullptr, row + 16, room - 16);
+    add_chunk<N>(x, panel, of, first, std::min(of.pairs, first + of.chunk), sums);
+  for (int half = 0; half < 2; ++half, column += 16) {
+    const bf16* bias = part.bias ? part.bias + column : nullptr;
+    for (int r = 0; r < N; ++r)
+      store(sums[r][half], bias, part.out + (row + r) * part.outputs + column,
+            part.outputs - column);
   }
 }
 
@@ -96,49 +106,58 @@ constexpr std::array<Multiply, sizeof...(N)> for_rows(std::integer_sequence<int,
 
 constexpr auto MULTIPLY = for_rows(std::make_integer_sequence<int, ROWS>{});
 
-// All rows of [first, last) times one panel, as few at a time as fit the registers evenly.
-void multiply_panel(const bf16* x, const bf16* panel, const bf16* bias, bf16* out,
-                    const Sizes& of, int64_t room, int64_t first, int64_t last) {
-  const int64_t passes = (last - first + ROWS - 1) / ROWS;
-  for (int64_t pass = 0, from = first; pass < passes; ++pass) {
-    const int64_t rows = (last - from) / (passes - pass);
-    // The first pass reads the panel from memory, the others from a cache.
-    const bf16* fetch = pass ? panel : panel + AHEAD * 2 * PANEL;
-    MULTIPLY[rows - 1](x + from * 2 * of.pairs, panel, bias, out + from * of.outputs, of, room, fetch);
-    from += rows;
+int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
+
+// The rows of [first, last) times panel number `index` of all parts, as many at a time as fit the
+// registers evenly.
+void multiply_panel(const bf16* x, const bf16* packed, const std::vector<Part>& parts,
+                    const Sizes& of, int64_t index, int64_t first, int64_t last) {
+  const bf16* panel = packed + index * 2 * PANEL * of.pairs;
+  auto part = parts.begin();
+  for (; index >= panels(part->outputs); ++part) index -= panels(part->outputs);
+  for (int64_t passes = (last - first + ROWS - 1) / ROWS; passes; --passes) {
+    const int64_t rows = (last - first) / passes;
+    MULTIPLY[rows - 1](x, panel, *part, of, first, index * PANEL);
+    first += rows;
   }
 }
 
-Tensor packed_bf16(const Tensor& x, const std::optional<Tensor>& bias, const Tensor& handle,
-                   int64_t outputs, int64_t chunk) {
+std::vector<Tensor> packed_bf16(const Tensor& x, const std::optional<Tensor>& bias,
+                                const Tensor& handle, const std::vector<int64_t>& outputs,
+                                int64_t chunk) {
   const int64_t rows = x.size(0), inputs = x.size(1);
   STD_TORCH_CHECK(x.is_contiguous() && inputs % 2 == 0 && chunk % 2 == 0 && chunk > 0,
                   "packed_bf16: x is ", rows, " by ", inputs, ", chunk ", chunk,
                   ": x must be contiguous, inputs and chunk even");
-  Tensor result = torch::stable::new_empty(x, {rows, outputs});
-  const Sizes of{outputs, inputs / 2, chunk / 2};
+  std::vector<Tensor> results;
+  std::vector<Part> parts;
+  const auto* added = bias ? (const bf16*)bias->const_data_ptr() : nullptr;
+  int64_t all = 0;
+  for (const int64_t count : outputs) {
+    results.push_back(torch::stable::new_empty(x, {rows, count}));
+    parts.push_back({count, added, (bf16*)results.back().mutable_data_ptr()});
+    added = added ? added + count : nullptr;
+    all += panels(count);
+  }
+  const Sizes of{inputs / 2, chunk / 2};
   const auto* numbers = (const bf16*)x.const_data_ptr();
   const auto* packed = (const bf16*)*(const int64_t*)handle.const_data_ptr();
-  const auto* added = bias ? (const bf16*)bias->const_data_ptr() : nullptr;
-  auto* out = (bf16*)result.mutable_data_ptr();
-  const int64_t panels = (outputs + PANEL - 1) / PANEL;
   const int64_t group = std::max<int64_t>(ROWS, CACHED / inputs / ROWS * ROWS);
   const int64_t groups = (rows + group - 1) / group;
-  torch::stable::parallel_for(0, groups * panels, 1, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, groups * all, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / panels * group, column = task % panels * PANEL;
-      multiply_panel(numbers, packed + column * inputs, added ? added + column : nullptr,
-                     out + column, of, outputs - column, first, std::min(rows, first + group));
+      const int64_t first = task / all * group;
+      multiply_panel(numbers, packed, parts, of, task % all, first, std::min(rows, first + group));
     }
   });
-  return result;
+  return results;
 }
 
 } // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_graft, library) {
   library.def(
-      "packed_bf16(Tensor x, Tensor? bias, Tensor handle, int outputs, int chunk) -> Tensor");
+      "packed_bf16(Tensor x, Tensor? bias, Tensor handle, int[] outputs, int chunk) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_graft, CPU, library) {

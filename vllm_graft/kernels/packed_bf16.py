@@ -4,12 +4,13 @@ One to eight rows take as long as reading the weight; oneDNN's packed products t
 long again (docs/performance.md). A row's bits do not depend on the rows around it, by
 construction. The order of additions along K can be made that of oneDNN, which adds up chunks.
 
-Legend: R rows, K inputs, M outputs.
+Legend: R rows, K inputs, M outputs of one of several weights.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +32,18 @@ def available() -> bool:
     fits = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
     if not (fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=_FLAGS)):
         return False
-    fake_op("packed_bf16", lambda x, bias, handle, outputs, chunk: x.new_empty(x.shape[0], outputs))
+    fake_op("packed_bf16", _fake)
     return True
+
+
+def _fake(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    outputs: Sequence[int],
+    chunk: int,
+) -> list[torch.Tensor]:
+    return [x.new_empty(x.shape[0], count) for count in outputs]
 
 
 def takes(weight: torch.Tensor) -> bool:
@@ -42,35 +53,41 @@ def takes(weight: torch.Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Packed:
-    """Keeps a packed weight alive."""
+    """Keeps packed weights alive."""
 
-    numbers: torch.Tensor
-    """`[panels, K / 2, PANEL, 2]`."""
+    pairs: torch.Tensor
+    """`[panels, K / 2, PANEL]` int32, each a pair of bf16."""
     handle: torch.Tensor
-    """Its address, `[1]` int64."""
+    """Their address, `[1]` int64."""
 
 
-def pack(weight: torch.Tensor) -> Packed:
-    """A packed copy of `[M, K]`."""
-    rows, inputs = weight.shape
-    pairs = F.pad(weight, (0, 0, 0, -rows % PANEL)).contiguous().view(torch.int32)
-    panels = pairs.view(-1, PANEL, inputs // 2).transpose(1, 2).contiguous()
-    return Packed(panels, torch.tensor([panels.data_ptr()]))
+def pack(weights: Sequence[torch.Tensor]) -> Packed:
+    """A packed copy of weights `[M, K]`, one behind the other."""
+    panels = [-(-len(weight) // PANEL) for weight in weights]
+    pairs = weights[0].new_empty(sum(panels), weights[0].shape[1] // 2, PANEL, dtype=torch.int32)
+    for weight, room in zip(weights, pairs.split(panels), strict=True):
+        full = F.pad(weight, (0, 0, 0, -len(weight) % PANEL)).contiguous().view(torch.int32)
+        room.copy_(full.view(-1, PANEL, room.shape[1]).transpose(1, 2))
+    return Packed(pairs, torch.tensor([pairs.data_ptr()]))
 
 
 def multiply(
-    x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int, chunk: int
-) -> torch.Tensor:
-    """`[R, K]` to `[R, M]`; no gradient.
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    handle: torch.Tensor,
+    outputs: Sequence[int],
+    chunk: int,
+) -> list[torch.Tensor]:
+    """`[R, K]` to `[R, M]` for each weight; no gradient.
 
     Args:
         x: any number of rows.
-        bias: `[M]` or None.
-        handle: of the packed weight.
-        outputs: M.
+        bias: `[sum of M]` or None.
+        handle: of the packed weights.
+        outputs: M of each.
         chunk: inputs whose products are added up before they join the sum, an even number.
     """
-    out: torch.Tensor = torch.ops.vllm_graft.packed_bf16(
+    out: list[torch.Tensor] = torch.ops.vllm_graft.packed_bf16(
         x.contiguous(), bias, handle, outputs, chunk
     )
     return out

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from vllm_graft.exact import compiled_serving, define_op
 from vllm_graft.kernels import packed_bf16
 from vllm_graft.products import Kernel
-from vllm_graft.tiles import ByWeight, Product, Rows, fill_by_rows, linear_rows, same_order, telling
+from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order, telling
 
 
 @functools.cache
@@ -75,17 +75,20 @@ class PackedBf16:
 
     chunk: int
 
-    def pack(self, weight: torch.Tensor) -> packed_bf16.Packed:
+    def pack(self, weights: Sequence[torch.Tensor]) -> packed_bf16.Packed:
         """See `products.Kernel`."""
-        return packed_bf16.pack(weight)
+        return packed_bf16.pack(weights)
 
     def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        handle: torch.Tensor,
+        outputs: Sequence[int],
+    ) -> Sequence[torch.Tensor]:
         """See `products.Kernel`."""
-        flat = x.reshape(-1, x.shape[-1])
-        out = packed_bf16.multiply(flat, bias, handle, outputs, self.chunk)
-        return out.view(*x.shape[:-1], outputs)
+        parts = packed_bf16.multiply(x.reshape(-1, x.shape[-1]), bias, handle, outputs, self.chunk)
+        return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
 
 
 class OneDnn:
@@ -102,9 +105,9 @@ class OneDnn:
         self._fewest = 1
         """Fewer rows are padded to so many."""
 
-    def pack(self, weight: torch.Tensor) -> OneDnnCopy:
+    def pack(self, weights: Sequence[torch.Tensor]) -> OneDnnCopy:
         """See `products.Kernel`."""
-        return _packed(weight)
+        return _packed(weights[0] if len(weights) == 1 else torch.cat(list(weights)))
 
     def settle(self, run: Callable[[int], None]) -> None:
         """Find out how many rows take the least time.
@@ -123,15 +126,20 @@ class OneDnn:
             self._fewest = best if times[best] < _WORTH_IT * times[1] else 1
 
     def multiply(
-        self, x: torch.Tensor, bias: torch.Tensor | None, handle: torch.Tensor, outputs: int
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        handle: torch.Tensor,
+        outputs: Sequence[int],
+    ) -> Sequence[torch.Tensor]:
         """See `products.Kernel`."""
-        flat = x.reshape(-1, x.shape[-1])
+        flat, together = x.reshape(-1, x.shape[-1]), sum(outputs)
         if self._exact:
-            out = _multiply_exactly(flat, bias, handle, outputs, self._fewest)
+            out = _multiply_exactly(flat, bias, handle, together, self._fewest)
         else:
-            out = _multiply(flat, bias, handle, outputs)
-        return out.view(*x.shape[:-1], outputs)
+            out = _multiply(flat, bias, handle, together)
+        parts: Sequence[torch.Tensor] = out.view(*x.shape[:-1], together).split(outputs, -1)
+        return parts
 
 
 _FEW = (1, 2, 4, 8)
@@ -214,29 +222,27 @@ def _adds_as_linear(parts: tuple[int, ...], inputs: int, dtype: torch.dtype) -> 
 
     In float32 it often has not.
     """
-    return same_order(_by_packed_weight, _by_parts(parts), sum(parts), inputs, dtype)
+
+    def apart(weight: torch.Tensor) -> Product:
+        return lambda x: torch.cat([F.linear(x, part) for part in weight.split(parts)], -1)
+
+    return same_order(_by_packed_weight, apart, sum(parts), inputs, dtype)
 
 
 @functools.cache
 def chunk_as_linear(parts: tuple[int, ...], inputs: int) -> int | None:
     """The chunk by which `packed_bf16` has the bits of `F.linear` by weights of so many rows."""
     with torch.inference_mode(False), torch.no_grad():
-        weight, x = telling(sum(parts), inputs, torch.bfloat16)
-        want, packed = _by_parts(parts)(weight)(x), packed_bf16.pack(weight)
+        joined, x = telling(sum(parts), inputs, torch.bfloat16)
+        weights = joined.split(parts)
+        want, packed = [F.linear(x, weight) for weight in weights], packed_bf16.pack(weights)
 
         def has_the_bits(chunk: int) -> bool:
-            got = packed_bf16.multiply(x, None, packed.handle, len(weight), chunk)
-            return torch.equal(got, want)
+            got = packed_bf16.multiply(x, None, packed.handle, parts, chunk)
+            return all(map(torch.equal, got, want))
 
         # oneDNN's block is 1,024 inputs, or half of it for some sizes.
         return next(filter(has_the_bits, (1024, 512, inputs)), None)
-
-
-def _by_parts(parts: tuple[int, ...]) -> ByWeight:
-    def apart(weight: torch.Tensor) -> Product:
-        return lambda x: torch.cat([F.linear(x, part) for part in weight.split(parts)], -1)
-
-    return apart
 
 
 @dataclass(frozen=True)

@@ -241,9 +241,12 @@ class _Silu(torch.autograd.Function):
         return _silu(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = torch.ops.aten.silu_backward(grad, *ctx.saved_tensors)
-        return out
+        (x,) = ctx.saved_tensors
+        sigmoid = _sigmoid(x)
+        slope: torch.Tensor = sigmoid * (1 + x * (1 - sigmoid))
+        return grad * slope
 
 
 class _Sigmoid(torch.autograd.Function):

@@ -8,9 +8,13 @@ Legend: T tokens, K experts per token, R routed rows (T * K, sorted by expert), 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+
+from vllm_graft import exact
+from vllm_graft.products import packed_experts
 
 
 def by_expert(
@@ -22,18 +26,18 @@ def by_expert(
     """`run` on the rows of every expert that has any.
 
     Args:
-        run: takes rows `[r, D]` and the expert's own tensor of each stack; gives `[r, D]`, where
+        run: takes rows `[r, D]` and the expert's own tensor of each stack; gives `[r, M]`, where
             a row does not depend on the others.
         x_RD: rows sorted by expert.
         counts_E: how many each expert has, int64.
         stacks: weights or biases, `[E, ...]`.
 
     Returns:
-        `[R, D]`.
+        `[R, M]`.
     """
     # unbind: its backward makes one gradient per stack; indexing would make one per expert.
     weights = zip(*(stack.unbind() for stack in stacks), strict=True)
-    outputs = [x_RD[:0]]
+    outputs = []
     for rows, own in zip(x_RD.split(counts_E.tolist()), weights, strict=True):
         # Without any row all run, so that their gradients are zero and not None.
         if len(rows) or not len(x_RD):
@@ -41,24 +45,66 @@ def by_expert(
     return torch.cat(outputs)
 
 
+def expert_products(
+    module: Any, names: Sequence[str], x_RK: torch.Tensor, counts_E: torch.Tensor
+) -> Sequence[torch.Tensor]:
+    """Rows times the weights of their experts, by packed copies while the engine serves.
+
+    Args:
+        module: has stacks of weights `[E, M, K]` as parameters `names`.
+        names: of those that read this input.
+        x_RK: rows sorted by expert, K inputs.
+        counts_E: how many each expert has, int64.
+
+    Returns:
+        `[R, M]` for each stack; a row does not depend on the others.
+    """
+    packed = packed_experts(module, names, x_RK, counts_E)
+    if packed is not None:
+        return packed
+    run = torch.ops.vllm_graft.expert_product if exact.compiled_serving() else expert_product
+    return [run(x_RK, counts_E, _local(getattr(module, name))) for name in names]
+
+
+def expert_product(
+    x_RK: torch.Tensor, counts_E: torch.Tensor, stack_EMK: torch.Tensor
+) -> torch.Tensor:
+    """`[R, M]`: one exact product for each expert that has rows."""
+    return by_expert(exact.linear, x_RK, counts_E, stack_EMK)
+
+
+def _local(stack: Any) -> torch.Tensor:
+    """Parameters of a parallelized model are DTensors, whose shard is what runs here."""
+    shard: torch.Tensor = stack.to_local() if hasattr(stack, "to_local") else stack
+    return shard
+
+
+exact.define_op(
+    "expert_product(Tensor x, Tensor counts, Tensor stack) -> Tensor",
+    expert_product,
+    lambda x, counts, stack: x.new_empty(x.shape[0], stack.shape[1]),
+)
+
+
 def of_tokens(
-    run: Callable[..., torch.Tensor],
+    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     x_TD: torch.Tensor,
     ids_TK: torch.Tensor,
     scores_TK: torch.Tensor,
-    *stacks: torch.Tensor,
+    experts: int,
 ) -> torch.Tensor:
     """Outputs `[T, D]` of the experts that each token chose, weighed and added in its own order.
 
     Args:
-        run: as in `by_expert`.
-        ids_TK: chosen experts, below E.
+        run: takes rows `[R, D]` sorted by expert and how many each has, `[E]`; gives `[R, D]`,
+            where a row does not depend on the others.
+        ids_TK: chosen experts, below `experts`.
         scores_TK: their weights.
-        stacks: weights or biases, `[E, ...]`.
+        experts: how many there are.
     """
     order_R = ids_TK.flatten().argsort(stable=True)
-    counts_E = ids_TK.flatten().bincount(minlength=len(stacks[0]))
-    rows_RD = by_expert(run, x_TD[order_R // ids_TK.shape[1]], counts_E, *stacks)
+    counts_E = ids_TK.flatten().bincount(minlength=experts)
+    rows_RD = run(x_TD[order_R // ids_TK.shape[1]], counts_E)
     chosen_TKD = rows_RD[order_R.argsort()].view(*ids_TK.shape, -1)
     # Not added expert by expert: the order in which a token chose them is its own.
     return (chosen_TKD * scores_TK[..., None]).sum(1).to(x_TD.dtype)

@@ -37,7 +37,9 @@ class Joined(Group):
         if self._with_bias:
             self._bias = first.new_empty(sum(self._rows))
 
-    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def multiply(
+        self, x: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
         """By all weights at once."""
         out: torch.Tensor = self._linear(x, self._weight, self._bias)
         parts: Sequence[torch.Tensor] = out.split(self._rows, -1)

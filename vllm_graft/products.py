@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 ATTRIBUTE = "graft_packed"
-_UNPACKED_AT_ONCE = 256
+_STACKS = "graft_stacks"
 
 
 class Copy(Protocol):
@@ -34,7 +34,10 @@ class Kernel(Protocol):
     """Multiplies by packed weights that share their input."""
 
     def pack(self, weights: Sequence[torch.Tensor]) -> Copy:
-        """A packed copy of weights `[M, K]`."""
+        """A packed copy of weights `[M, K]`, or of stacks of them, `[E, M, K]`."""
+
+    def unpack(self, copy: Any, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """The weights that `copy` was made of, in the shapes and dtype of `like`."""
 
     def multiply(
         self,
@@ -42,10 +45,16 @@ class Kernel(Protocol):
         bias: torch.Tensor | None,
         handle: torch.Tensor,
         outputs: Sequence[int],
+        counts: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         """`[..., K]` to `[..., M]` for each weight; no gradient.
 
-        `bias` is that of all, one behind the other, and `outputs` holds M of each.
+        Args:
+            x: any number of rows.
+            bias: of all weights, one behind the other.
+            handle: of the packed copy.
+            outputs: M of each weight.
+            counts: `[E]`: rows of each expert, one expert after the other, for stacks.
         """
 
 
@@ -58,8 +67,8 @@ class Packer(Protocol):
         Other than `exact.linear` by each of them, that is.
         """
 
-    def settle(self, run: Callable[[int], None]) -> None:
-        """Once all is packed: `run` makes all products with a number of rows, to be timed."""
+    def settle(self, copies: Sequence[Packed]) -> None:
+        """Once all is packed: `copies` may be rehearsed, to time them."""
 
 
 class _State:
@@ -67,6 +76,19 @@ class _State:
     serving = False
     calls: list[Call] | None = None
     looks = 0
+
+
+class Stack:
+    """Weights of experts as a layer that can be packed: parameter `name`, `[E, M, K]`."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self.held = module._parameters
+        self.name = name
+
+    @property
+    def weight(self) -> Any:
+        """The parameter."""
+        return self.held[self.name]
 
 
 @dataclass(frozen=True)
@@ -114,6 +136,38 @@ def packed_product(
     return None
 
 
+def packed_experts(
+    module: nn.Module, names: Sequence[str], x: torch.Tensor, counts: torch.Tensor
+) -> Sequence[torch.Tensor] | None:
+    """Rows of experts times stacks of weights, where a packed copy may serve; else None.
+
+    Args:
+        module: holds the stacks.
+        names: of parameters `[E, M, K]` that read the same input.
+        x: `[R, K]` sorted by expert.
+        counts: `[E]` int64: the rows of each expert.
+
+    Returns:
+        `[R, M]` for each of `names`.
+    """
+    if _State.calls is not None:
+        _State.calls.extend(Call(_stack(module, name), x, False) for name in names)
+    stacks: dict[str, Stack] = getattr(module, _STACKS, {})
+    place: _Place | None = getattr(stacks.get(names[0]), ATTRIBUTE, None)
+    if place is None:
+        return None
+    if _State.serving and not torch.is_grad_enabled():
+        return place.packed.multiply(x, counts)
+    place.packed.restore()
+    return None
+
+
+def _stack(module: nn.Module, name: str) -> Stack:
+    """The one of this parameter: it keeps the place of its packed copy."""
+    stacks: dict[str, Stack] = vars(module).setdefault(_STACKS, {})
+    return stacks.setdefault(name, Stack(module, name))
+
+
 @dataclass(frozen=True)
 class _Place:
     """Where a layer finds its product."""
@@ -138,7 +192,7 @@ class Group:
         self._with_bias = members[0].with_bias
         # Held, since vLLM's reload puts stand-ins into the modules for a while.
         self._weights: list[nn.Parameter] = [member.weight for member in self._members]
-        self._rows = [weight.shape[0] for weight in self._weights]
+        self._rows = [weight.shape[-2] for weight in self._weights]
         self._bias: torch.Tensor | None = None
         self._seen: list[Seen] = []
         self._input: torch.Tensor | None = None
@@ -151,8 +205,10 @@ class Group:
         """Take the weights as they are now."""
         raise NotImplementedError
 
-    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
-        """`[..., K]` to the outputs of each member."""
+    def multiply(
+        self, x: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
+        """`[..., K]` to the outputs of each member; with `counts` if these are stacks."""
         raise NotImplementedError
 
     def product(self, index: int, x: torch.Tensor) -> torch.Tensor:
@@ -186,8 +242,7 @@ class Group:
 
     def _look(self) -> list[Seen]:
         _State.looks += 1
-        names = ("weight", "bias") if self._with_bias else ("weight",)
-        held = [(member._parameters, name) for member in self._members for name in names]
+        held = [slot for member in self._members for slot in _slots(member, self._with_bias)]
         return [(h, n, h[n], h[n]._version, h[n].data_ptr()) for h, n in held]
 
     def unpack(self) -> None:
@@ -197,19 +252,29 @@ class Group:
             delattr(member, ATTRIBUTE)
 
 
+def _slots(member: Any, with_bias: bool) -> list[tuple[dict[str, Any], str]]:
+    if isinstance(member, Stack):
+        return [(member.held, member.name)]
+    return [
+        (member._parameters, name) for name in (("weight", "bias") if with_bias else ("weight",))
+    ]
+
+
 class Packed(Group):
     """One packed copy of the weights of layers that read the same input."""
 
     def __init__(self, members: Sequence[Call], kernel: Kernel) -> None:
         super().__init__(members)
-        self._kernel = kernel
+        self.kernel = kernel
         self._copy: Copy | None = None
         # Compiled code holds this very tensor.
         self._handle = torch.zeros(1, dtype=torch.int64)
 
-    def multiply(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+    def multiply(
+        self, x: torch.Tensor, counts: torch.Tensor | None = None
+    ) -> Sequence[torch.Tensor]:
         """By the packed copy."""
-        return self._kernel.multiply(x, self._bias, self._handle, self._rows)
+        return self.kernel.multiply(x, self._bias, self._handle, self._rows, counts)
 
     def rehearse(self, rows: int) -> int:
         """Make the product with so many rows of zeros; how many bytes of weights it read."""
@@ -224,7 +289,7 @@ class Packed(Group):
         self._weights = [member.weight for member in self._members]
         with torch.inference_mode(False), torch.no_grad():
             weights = [weight.detach() for weight in self._weights]
-            self._copy = self._kernel.pack(weights)
+            self._copy = self.kernel.pack(weights)
             self._handle.copy_(self._copy.handle)
             if self._with_bias:
                 bias = torch.cat([member.bias.detach() for member in self._members])
@@ -238,30 +303,19 @@ class Packed(Group):
         self.released = True
 
     def restore(self, *, values: bool = True) -> None:
-        """Take back `release`; without `values` the memory only.
-
-        A product with the unit matrix gives every number as it was packed, but for the sign of
-        zeros.
-        """
+        """Take back `release`; without `values` the memory only."""
         if not self.released:
             return
         self.released = False
         with torch.inference_mode(False), torch.no_grad():
-            for index, weight in enumerate(self._weights):
-                restored = weight.new_empty(weight.shape)
-                if values:
-                    self._unpack(restored, index)
-                weight.data = restored
+            if values:
+                restored = self.kernel.unpack(self._copy, self._weights)
+            else:
+                restored = [w.new_empty(w.shape) for w in self._weights]
+            for weight, own in zip(self._weights, restored, strict=True):
+                weight.data = own
         seen = self._look()
         self._seen = seen if values else []
-
-    def _unpack(self, weight: torch.Tensor, index: int) -> None:
-        width = weight.shape[1]
-        unit = torch.eye(width, dtype=weight.dtype)
-        for first in range(0, width, _UNPACKED_AT_ONCE):
-            some = unit[first : first + _UNPACKED_AT_ONCE]
-            columns = self._kernel.multiply(some, None, self._handle, self._rows)[index]
-            weight[:, first : first + len(some)] = columns.t()
 
 
 Seen = tuple[dict[str, Any], str, torch.Tensor, int, int]
@@ -317,6 +371,7 @@ def _packed(group: list[Call], packer: Packer) -> list[Packed]:
 def restore_weights(model: nn.Module) -> None:
     """Give the parameters of `model` their values where a serving process had released them."""
     for module in model.modules():
-        place: _Place | None = getattr(module, ATTRIBUTE, None)
-        if place is not None:
-            place.packed.restore()
+        for layer in (module, *vars(module).get(_STACKS, {}).values()):
+            place: _Place | None = getattr(layer, ATTRIBUTE, None)
+            if place is not None:
+                place.packed.restore()

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.support import python, relative_error
-from vllm_graft import exact, record_routing
+from vllm_graft import exact, products, record_routing
 from vllm_graft.families.torchtitan_moe import correct_feed_forward
 from vllm_graft.precision import keep_table_precision, parameters_as
 
@@ -250,3 +250,61 @@ def test_recording_needs_a_router_that_runs():
     with idle, record_routing(moe):
         pass
     assert not moe.router._forward_hooks
+
+
+@pytest.fixture
+def packed():
+    """A layer in bf16 behind packed copies, its groups, and one that is like it without any."""
+    pytest.importorskip("vllm")
+    from vllm_graft.kernels import packed_bf16
+    from vllm_graft.serve._vllm_packed import CpuPacker
+
+    if not packed_bf16.available():
+        pytest.skip("packed experts need Graft's own products")
+    moe = corrected(torch.bfloat16)
+    with torch.no_grad(), products.watching() as calls:
+        moe(torch.randn(1, 9, DIM).bfloat16())
+    groups = products.pack_products(calls, CpuPacker(exact=True))
+    for group in groups:
+        group.pack()
+    return moe, groups, corrected(torch.bfloat16)
+
+
+def served(moe, x):
+    with torch.no_grad(), products.serving():
+        return moe(x)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 5, 40])
+def test_packed_experts_have_the_bits_of_training(packed, tokens):
+    moe, groups, plain = packed
+    assert [len(group._members) for group in groups if group._weights[0].dim() == 3] == [2, 1]
+    x = torch.randn(1, tokens, DIM).bfloat16()
+    assert torch.equal(served(moe, x), plain(x))
+    assert torch.equal(moe(x), plain(x))
+
+
+def test_packed_experts_are_released_and_come_back(packed):
+    moe, groups, plain = packed
+    x = torch.randn(1, 7, DIM).bfloat16()
+    for group in groups:
+        group.release()
+    assert moe.routed_experts.inner_experts.w2_EDF.isnan().all()
+    assert torch.equal(served(moe, x), plain(x))
+    products.restore_weights(moe)
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(moe.get_parameter(name), parameter), name
+
+
+def test_changed_experts_are_packed_anew(packed):
+    moe, groups, plain = packed
+    x = torch.randn(1, 7, DIM).bfloat16()
+    with torch.no_grad():
+        for layer in (moe, plain):
+            layer.routed_experts.inner_experts.w3_EFD.mul_(2)
+    for group in groups:
+        group.refresh()
+    assert torch.equal(served(moe, x), plain(x))
+    copied = copy.deepcopy(moe)
+    assert torch.equal(served(copied, x), plain(x))
+    assert copied.routed_experts.inner_experts.graft_stacks["w1_EFD"].graft_packed is None

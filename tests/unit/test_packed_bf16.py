@@ -43,6 +43,41 @@ def test_products_are_right_for_any_sizes(rows, pairs, outputs, chunk, with_bias
 
 
 @needs_kernel
+@settings(max_examples=40, deadline=None)
+@given(
+    counts=st.lists(st.integers(0, 30), min_size=1, max_size=6),
+    pairs=st.integers(1, 100),
+    outputs=st.lists(st.integers(1, 70), min_size=1, max_size=2),
+    seed=st.integers(0, 1 << 30),
+)
+def test_experts_multiply_their_own_rows(counts, pairs, outputs, seed):
+    random = torch.Generator().manual_seed(seed)
+    weights = [
+        [torch.randn(count, 2 * pairs, generator=random).bfloat16() for count in outputs]
+        for _ in counts
+    ]
+    x = torch.randn(sum(counts), 2 * pairs, generator=random).bfloat16()
+    packed = packed_bf16.pack([weight for own in weights for weight in own])
+    got = packed_bf16.multiply_experts(x, torch.tensor(counts), packed.handle, outputs, 64)
+    for own, *results in zip(weights, *(part.split(counts) for part in got), strict=True):
+        alone = packed_bf16.pack(own)
+        rows = x[: len(results[0])]
+        x = x[len(rows) :]
+        want = packed_bf16.multiply(rows, None, alone.handle, outputs, 64)
+        assert all(map(torch.equal, results, want))
+
+
+@needs_kernel
+@pytest.mark.parametrize("outputs", [[32], [33, 1, 64]])
+def test_packed_weights_are_unpacked_bit_by_bit(outputs):
+    weights = [torch.randn(count, 64).bfloat16() for count in outputs]
+    weights[0][0, :2] = torch.tensor([-0.0, float("nan")])
+    got = packed_bf16.unpack(packed_bf16.pack(weights), outputs)
+    for one, other in zip(got, weights, strict=True):
+        assert torch.equal(one.view(torch.int16), other.view(torch.int16))
+
+
+@needs_kernel
 @pytest.mark.parametrize("inputs", [64, 1024, 3072])
 def test_a_row_has_the_same_bits_in_any_batch(inputs):
     weight = cancelling((200, inputs), torch.bfloat16, seed=0)
@@ -96,6 +131,9 @@ def test_input_that_cannot_be_multiplied_is_refused():
     for wrong, chunk in ((x[:, :63].contiguous(), 64), (x, 0), (x, 3), (x.t(), 64)):
         with pytest.raises(RuntimeError, match="must be contiguous, inputs and chunk even"):
             op(wrong, None, packed.handle, [32], chunk)
+    for counts in ([3], [5, -1]):
+        with pytest.raises(RuntimeError, match="must add up to the 4 rows"):
+            packed_bf16.multiply_experts(x, torch.tensor(counts), packed.handle, [32], 64)
     assert not packed_bf16.takes(torch.zeros(4, 63, dtype=torch.bfloat16))
     assert not packed_bf16.takes(torch.zeros(4, 64))
 

@@ -40,7 +40,10 @@ class CopyingPacker:
         self.kernels[kernel.number] = kernel
         return kernel
 
-    def multiply(self, x, bias, handle, outputs):
+    def unpack(self, copy, like):
+        return copy.weight.split([len(weight) for weight in like])
+
+    def multiply(self, x, bias, handle, outputs, counts=None):
         self.products += 1
         weight = self.kernels[int(handle)].weight
         return exact.linear(x, weight, bias).split(outputs, -1)

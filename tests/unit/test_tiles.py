@@ -223,12 +223,12 @@ def test_few_rows_are_padded_where_that_takes_less_time(seconds, fewest, monkeyp
         Clock.now += seconds[rows]
 
     monkeypatch.setattr(_vllm_packed.time, "perf_counter", lambda: Clock.now)
-    packer = _vllm_packed.CpuPacker(exact=True)
-    packer.settle(run)
-    assert packer._one_dnn._fewest == fewest
-    fast = _vllm_packed.CpuPacker(exact=False)
+    kernel = _vllm_packed.OneDnn(exact=True)
+    kernel.settle(run)
+    assert kernel._fewest == fewest
+    fast = _vllm_packed.OneDnn(exact=False)
     fast.settle(run)
-    assert fast._one_dnn._fewest == 1  # its bits would depend on the clock
+    assert fast._fewest == 1  # its bits would depend on the clock
 
 
 def test_another_order_of_additions_is_told_apart() -> None:

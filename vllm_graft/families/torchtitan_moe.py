@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from vllm_graft import exact
-from vllm_graft.experts import by_expert
+from vllm_graft.experts import expert_products
 
 _MOE = "torchtitan.models.common.moe"
 """Looked up where it is loaded already: without it, no model has modules of it."""
@@ -153,48 +153,18 @@ def _open_groups(choice_BLE: torch.Tensor, groups: int, limit: int | None) -> to
 
 
 def _grouped_experts(module: Any, x_RD: torch.Tensor, counts_E: torch.Tensor) -> torch.Tensor:
-    # Parameters of a parallelized model are DTensors, whose shard is what runs here.
-    w1_EFD, w2_EDF, w3_EFD = (
-        w.to_local() if hasattr(w, "to_local") else w
-        for w in (module.w1_EFD, module.w2_EDF, module.w3_EFD)
-    )
-    if w1_EFD.is_cuda and w1_EFD.dtype == torch.bfloat16:
+    """SwiGLU of every row with its expert's weights, in their dtype."""
+    weight = module.w1_EFD
+    if weight.is_cuda and weight.dtype == torch.bfloat16:
         out: torch.Tensor = type(module).forward(module, x_RD, counts_E)
         return out
-    x = x_RD.to(w1_EFD.dtype)
-    run = torch.ops.vllm_graft.experts if exact.compiled_serving() else experts
-    rows_RD: torch.Tensor = run(x, counts_E, w1_EFD, w2_EDF, w3_EFD)
+    x = x_RD.to(weight.dtype)
+    gate_RF, up_RF = expert_products(module, ("w1_EFD", "w3_EFD"), x, counts_E)
+    hidden_RF = exact.silu(gate_RF) * up_RF
+    [rows_RD] = expert_products(module, ("w2_EDF",), hidden_RF, counts_E)
     return rows_RD.to(x_RD.dtype)
 
 
-def experts(
-    x_RD: torch.Tensor,
-    counts_E: torch.Tensor,
-    w1_EFD: torch.Tensor,
-    w2_EDF: torch.Tensor,
-    w3_EFD: torch.Tensor,
-) -> torch.Tensor:
-    """SwiGLU of every row with its expert's weights, in their dtype, one expert at a time.
-
-    Args:
-        x_RD: rows sorted by expert; counts_E: how many each expert has.
-
-    Returns:
-        `[R, D]`; a row does not depend on the others.
-    """
-    return by_expert(_swiglu, x_RD, counts_E, w1_EFD, w2_EDF, w3_EFD)
-
-
-def _swiglu(x: torch.Tensor, w1: torch.Tensor, w2: torch.Tensor, w3: torch.Tensor) -> torch.Tensor:
-    hidden = exact.silu(exact.linear(x, w1, None)) * exact.linear(x, w3, None)
-    return exact.linear(hidden, w2, None)
-
-
-exact.define_op(
-    "experts(Tensor x, Tensor counts, Tensor w1, Tensor w2, Tensor w3) -> Tensor",
-    experts,
-    lambda x, counts, w1, w2, w3: torch.empty_like(x),
-)
 exact.define_op(
     "route(Tensor logits, Tensor? bias, str score_func, int? groups, int? limited, int top_k, "
     "bool normalize, float scale) -> (Tensor, Tensor, Tensor)",

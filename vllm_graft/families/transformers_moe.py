@@ -22,7 +22,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from vllm_graft import exact
-from vllm_graft.experts import of_tokens
+from vllm_graft.experts import by_expert, expert_products, of_tokens
 
 _Functions = dict[Callable[..., Any], Callable[..., torch.Tensor]]
 _ACTIVATIONS: _Functions = {torch.sigmoid: exact.sigmoid, torch.Tensor.sigmoid: exact.sigmoid}
@@ -101,12 +101,36 @@ def _experts(
     """What Transformers' experts compute, `[T, D]` of `[T, D]`, `[T, K]` and `[T, K]`."""
     if hidden_states.device.type != "cpu":
         return forward(hidden_states, top_k_index, top_k_weights)
-    first = "gate_up_proj" if module.has_gate else "up_proj"
-    names = (first, "down_proj")
+    run = partial(_plain_experts if _is_plain(module) else _other_experts, module)
+    experts = len(module.down_proj)
+    return of_tokens(run, hidden_states, top_k_index, top_k_weights, experts)
+
+
+def _is_plain(module: Any) -> bool:
+    """Whether its weights are `[E, M, K]` and all there is."""
+    return not (module.is_transposed or module.has_bias)
+
+
+def _first(module: Any) -> str:
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _activate(module: Any, rows: torch.Tensor) -> torch.Tensor:
+    out: torch.Tensor = module._apply_gate(rows) if module.has_gate else module.act_fn(rows)
+    return out
+
+
+def _plain_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    [up] = expert_products(module, (_first(module),), rows, counts)
+    [down] = expert_products(module, ("down_proj",), _activate(module, up), counts)
+    return down
+
+
+def _other_experts(module: Any, rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    names = (_first(module), "down_proj")
     biases = tuple(f"{name}_bias" for name in names) if module.has_bias else ()
     stacks = [getattr(module, name) for name in (*names, *biases)]
-    run = partial(_expert, module)
-    return of_tokens(run, hidden_states, top_k_index, top_k_weights, *stacks)
+    return by_expert(partial(_expert, module), rows, counts, *stacks)
 
 
 def _expert(
@@ -119,5 +143,5 @@ def _expert(
 ) -> torch.Tensor:
     if module.is_transposed:
         up, down = up.t(), down.t()
-    activate = module._apply_gate if module.has_gate else module.act_fn
-    return exact.linear(activate(exact.linear(rows, up, up_bias)), down, down_bias)
+    hidden = _activate(module, exact.linear(rows, up, up_bias))
+    return exact.linear(hidden, down, down_bias)

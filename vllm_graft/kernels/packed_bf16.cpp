@@ -4,6 +4,8 @@
 // over K, cut into chunks that are added up in float32; its order does not follow from the rows
 // around it.
 //
+// Experts have packed weights of one size, one behind the other, and rows sorted by expert.
+//
 // Legend: R rows, K inputs (even), M outputs of one of several weights. Packed, one weight behind
 // the other: [panels, K / 2, PANEL, 2], M cut into panels of PANEL, the last one filled up with zeros.
 
@@ -11,6 +13,7 @@
 
 #include <algorithm>
 #include <array>
+#include <numeric>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -106,7 +109,7 @@ constexpr std::array<Multiply, sizeof...(N)> for_rows(std::integer_sequence<int,
 
 constexpr auto MULTIPLY = for_rows(std::make_integer_sequence<int, ROWS>{});
 
-int64_t panels(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
+int64_t panels_of(int64_t outputs) { return (outputs + PANEL - 1) / PANEL; }
 
 // The rows of [first, last) times panel number `index` of all parts, as many at a time as fit the
 // registers evenly.
@@ -114,7 +117,7 @@ void multiply_panel(const bf16* x, const bf16* packed, const std::vector<Part>& 
                     const Sizes& of, int64_t index, int64_t first, int64_t last) {
   const bf16* panel = packed + index * 2 * PANEL * of.pairs;
   auto part = parts.begin();
-  for (; index >= panels(part->outputs); ++part) index -= panels(part->outputs);
+  for (; index >= panels_of(part->outputs); ++part) index -= panels_of(part->outputs);
   for (int64_t passes = (last - first + ROWS - 1) / ROWS; passes; --passes) {
     const int64_t rows = (last - first) / passes;
     MULTIPLY[rows - 1](x, panel, *part, of, first, index * PANEL);
@@ -122,35 +125,71 @@ void multiply_panel(const bf16* x, const bf16* packed, const std::vector<Part>& 
   }
 }
 
+// The arguments of a product, checked and unpacked.
+struct Product {
+  Sizes of;
+  int64_t rows, panels; // panels of all parts
+  const bf16* x;
+  const bf16* packed;
+  std::vector<Part> parts;
+  std::vector<Tensor> results;
+
+  Product(const Tensor& input, const std::optional<Tensor>& bias, const Tensor& handle,
+          const std::vector<int64_t>& outputs, int64_t chunk)
+      : of{input.size(1) / 2, chunk / 2}, rows(input.size(0)), panels(0),
+        x((const bf16*)input.const_data_ptr()),
+        packed((const bf16*)*(const int64_t*)handle.const_data_ptr()) {
+    STD_TORCH_CHECK(input.is_contiguous() && input.size(1) % 2 == 0 && chunk % 2 == 0 && chunk > 0,
+                    "packed_bf16: x is ", rows, " by ", input.size(1), ", chunk ", chunk,
+                    ": x must be contiguous, inputs and chunk even");
+    const auto* added = bias ? (const bf16*)bias->const_data_ptr() : nullptr;
+    for (const int64_t count : outputs) {
+      results.push_back(torch::stable::new_empty(input, {rows, count}));
+      parts.push_back({count, added, (bf16*)results.back().mutable_data_ptr()});
+      added = added ? added + count : nullptr;
+      panels += panels_of(count);
+    }
+  }
+
+  void multiply(const bf16* weights, int64_t panel, int64_t first, int64_t last) const {
+    multiply_panel(x, weights, parts, of, panel, first, last);
+  }
+};
+
 std::vector<Tensor> packed_bf16(const Tensor& x, const std::optional<Tensor>& bias,
                                 const Tensor& handle, const std::vector<int64_t>& outputs,
                                 int64_t chunk) {
-  const int64_t rows = x.size(0), inputs = x.size(1);
-  STD_TORCH_CHECK(x.is_contiguous() && inputs % 2 == 0 && chunk % 2 == 0 && chunk > 0,
-                  "packed_bf16: x is ", rows, " by ", inputs, ", chunk ", chunk,
-                  ": x must be contiguous, inputs and chunk even");
-  std::vector<Tensor> results;
-  std::vector<Part> parts;
-  const auto* added = bias ? (const bf16*)bias->const_data_ptr() : nullptr;
-  int64_t all = 0;
-  for (const int64_t count : outputs) {
-    results.push_back(torch::stable::new_empty(x, {rows, count}));
-    parts.push_back({count, added, (bf16*)results.back().mutable_data_ptr()});
-    added = added ? added + count : nullptr;
-    all += panels(count);
-  }
-  const Sizes of{inputs / 2, chunk / 2};
-  const auto* numbers = (const bf16*)x.const_data_ptr();
-  const auto* packed = (const bf16*)*(const int64_t*)handle.const_data_ptr();
-  const int64_t group = std::max<int64_t>(ROWS, CACHED / inputs / ROWS * ROWS);
-  const int64_t groups = (rows + group - 1) / group;
-  torch::stable::parallel_for(0, groups * all, 1, [&](int64_t begin, int64_t end) {
+  const Product product(x, bias, handle, outputs, chunk);
+  const int64_t group = std::max<int64_t>(ROWS, CACHED / (2 * product.of.pairs) / ROWS * ROWS);
+  const int64_t groups = (product.rows + group - 1) / group;
+  torch::stable::parallel_for(0, groups * product.panels, 1, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / all * group;
-      multiply_panel(numbers, packed, parts, of, task % all, first, std::min(rows, first + group));
+      const int64_t first = task / product.panels * group;
+      const int64_t last = std::min(product.rows, first + group);
+      product.multiply(product.packed, task % product.panels, first, last);
     }
   });
-  return results;
+  return product.results;
+}
+
+std::vector<Tensor> packed_bf16_experts(const Tensor& x, const Tensor& counts,
+                                        const Tensor& handle, const std::vector<int64_t>& outputs,
+                                        int64_t chunk) {
+  const Product product(x, std::nullopt, handle, outputs, chunk);
+  const auto* numbers = (const int64_t*)counts.const_data_ptr();
+  const std::vector<int64_t> rows(numbers, numbers + counts.size(0));
+  STD_TORCH_CHECK(std::accumulate(rows.begin(), rows.end(), int64_t{0}) == product.rows &&
+                      std::all_of(rows.begin(), rows.end(), [](int64_t n) { return n >= 0; }),
+                  "packed_bf16_experts: counts must add up to the ", product.rows, " rows of x");
+  const int64_t size = product.panels * 2 * PANEL * product.of.pairs;
+  // Each thread takes its share of every expert: experts have unlike numbers of rows.
+  torch::stable::parallel_for(0, product.panels, 1, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;
+    for (size_t expert = 0; expert < rows.size(); first += rows[expert++])
+      for (int64_t panel = begin; rows[expert] && panel < end; ++panel)
+        product.multiply(product.packed + expert * size, panel, first, first + rows[expert]);
+  });
+  return product.results;
 }
 
 } // namespace
@@ -158,8 +197,11 @@ std::vector<Tensor> packed_bf16(const Tensor& x, const std::optional<Tensor>& bi
 STABLE_TORCH_LIBRARY_FRAGMENT(vllm_graft, library) {
   library.def(
       "packed_bf16(Tensor x, Tensor? bias, Tensor handle, int[] outputs, int chunk) -> Tensor[]");
+  library.def("packed_bf16_experts(Tensor x, Tensor counts, Tensor handle, int[] outputs, "
+              "int chunk) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(vllm_graft, CPU, library) {
   library.impl("packed_bf16", TORCH_BOX(&packed_bf16));
+  library.impl("packed_bf16_experts", TORCH_BOX(&packed_bf16_experts));
 }

@@ -33,12 +33,13 @@ def available() -> bool:
     if not (fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=_FLAGS)):
         return False
     fake_op("packed_bf16", _fake)
+    fake_op("packed_bf16_experts", _fake)
     return True
 
 
 def _fake(
     x: torch.Tensor,
-    bias: torch.Tensor | None,
+    _: torch.Tensor | None,
     handle: torch.Tensor,
     outputs: Sequence[int],
     chunk: int,
@@ -47,8 +48,8 @@ def _fake(
 
 
 def takes(weight: torch.Tensor) -> bool:
-    """Whether a weight `[M, K]` can be packed: pairs of inputs are multiplied at once."""
-    return weight.dtype == torch.bfloat16 and weight.shape[1] % 2 == 0 and available()
+    """Whether a weight `[..., M, K]` can be packed: pairs of inputs are multiplied at once."""
+    return weight.dtype == torch.bfloat16 and weight.shape[-1] % 2 == 0 and available()
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,13 @@ def pack(weights: Sequence[torch.Tensor]) -> Packed:
     return Packed(pairs, torch.tensor([pairs.data_ptr()]))
 
 
+def unpack(packed: Packed, outputs: Sequence[int]) -> list[torch.Tensor]:
+    """The weights `[M, K]` of a packed copy, M being each of `outputs`."""
+    parts = packed.pairs.split([-(-count // PANEL) for count in outputs])
+    full = [part.transpose(1, 2).flatten(0, 1).view(torch.bfloat16) for part in parts]
+    return [weight[:count].clone() for weight, count in zip(full, outputs, strict=True)]
+
+
 def multiply(
     x: torch.Tensor,
     bias: torch.Tensor | None,
@@ -89,5 +97,27 @@ def multiply(
     """
     out: list[torch.Tensor] = torch.ops.vllm_graft.packed_bf16(
         x.contiguous(), bias, handle, outputs, chunk
+    )
+    return out
+
+
+def multiply_experts(
+    x: torch.Tensor,
+    counts: torch.Tensor,
+    handle: torch.Tensor,
+    outputs: Sequence[int],
+    chunk: int,
+) -> list[torch.Tensor]:
+    """Rows of experts, each by the weights of its own; as `multiply` otherwise.
+
+    Args:
+        x: `[R, K]` sorted by expert.
+        counts: `[experts]` int64: the rows of each.
+        handle: of the packed weights of the first expert, then those of the second, and so on.
+        outputs: M of each weight of one expert.
+        chunk: as in `multiply`.
+    """
+    out: list[torch.Tensor] = torch.ops.vllm_graft.packed_bf16_experts(
+        x.contiguous(), counts, handle, outputs, chunk
     )
     return out

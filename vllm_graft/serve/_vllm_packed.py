@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from vllm_graft.exact import compiled_serving, define_op
 from vllm_graft.kernels import packed_bf16
-from vllm_graft.products import Kernel
+from vllm_graft.products import Kernel, Packed
 from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order, telling
 
 
@@ -51,22 +51,41 @@ class CpuPacker:
         """See `products.Packer`."""
         if not all(map(self._may_pack, weights)):
             return None
-        parts, inputs = tuple(len(weight) for weight in weights), weights[0].shape[1]
-        if packed_bf16.takes(weights[0]):
+        first = weights[0]
+        parts, inputs = tuple(weight.shape[-2] for weight in weights), first.shape[-1]
+        if packed_bf16.takes(first):
             chunk = chunk_as_linear(parts, inputs) if self._exact else inputs
             if chunk is not None:
                 return PackedBf16(chunk)
-        same = not self._exact or _adds_as_linear(parts, inputs, weights[0].dtype)
+        if first.dim() > 2:
+            return None
+        same = not self._exact or _adds_as_linear(parts, inputs, first.dtype)
         return self._one_dnn if same else None
 
     def _may_pack(self, weight: torch.Tensor) -> bool:
         plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
-        fits = plain and weight.dim() == 2 and weight.dtype in self._dtypes
+        fits = plain and weight.dim() in (2, 3) and weight.dtype in self._dtypes
         return fits and weight.device.type == "cpu"
 
-    def settle(self, run: Callable[[int], None]) -> None:
+    def settle(self, copies: Sequence[Packed]) -> None:
         """See `products.Packer`."""
-        self._one_dnn.settle(run)
+        timed = [copy for copy in copies if copy.kernel is self._one_dnn]
+        if timed:
+            self._one_dnn.settle(lambda rows: _rehearse(timed, rows))
+
+
+_REHEARSED = 1 << 28
+"""Bytes of weights that a rehearsal reads: more than caches hold, and little time."""
+
+
+@torch.no_grad()
+def _rehearse(copies: Sequence[Packed], rows: int) -> None:
+    """Make the products of a step with so many rows, as far as `_REHEARSED` goes."""
+    left = _REHEARSED
+    for packed in copies:
+        if left <= 0:
+            return
+        left -= packed.rehearse(rows)
 
 
 @dataclass(frozen=True)
@@ -77,7 +96,17 @@ class PackedBf16:
 
     def pack(self, weights: Sequence[torch.Tensor]) -> packed_bf16.Packed:
         """See `products.Kernel`."""
-        return packed_bf16.pack(weights)
+        if weights[0].dim() == 2:
+            return packed_bf16.pack(weights)
+        return packed_bf16.pack([own for expert in zip(*weights, strict=True) for own in expert])
+
+    def unpack(self, copy: Any, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """See `products.Kernel`."""
+        outputs = [weight.shape[-2] for weight in like]
+        if like[0].dim() == 2:
+            return packed_bf16.unpack(copy, outputs)
+        matrices = packed_bf16.unpack(copy, outputs * len(like[0]))
+        return [torch.stack(matrices[part :: len(like)]) for part in range(len(like))]
 
     def multiply(
         self,
@@ -85,8 +114,11 @@ class PackedBf16:
         bias: torch.Tensor | None,
         handle: torch.Tensor,
         outputs: Sequence[int],
+        counts: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
         """See `products.Kernel`."""
+        if counts is not None:
+            return packed_bf16.multiply_experts(x, counts, handle, outputs, self.chunk)
         parts = packed_bf16.multiply(x.reshape(-1, x.shape[-1]), bias, handle, outputs, self.chunk)
         return [part.view(*x.shape[:-1], part.shape[-1]) for part in parts]
 
@@ -108,6 +140,13 @@ class OneDnn:
     def pack(self, weights: Sequence[torch.Tensor]) -> OneDnnCopy:
         """See `products.Kernel`."""
         return _packed(weights[0] if len(weights) == 1 else torch.cat(list(weights)))
+
+    def unpack(self, copy: Any, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """By a product with the unit matrix: every number, but for the sign of zeros."""
+        outputs = [len(weight) for weight in like]
+        unit = torch.eye(like[0].shape[1], dtype=like[0].dtype)
+        parts = [self.multiply(some, None, copy.handle, outputs) for some in unit.split(256)]
+        return [torch.cat(columns).t().contiguous() for columns in zip(*parts, strict=True)]
 
     def settle(self, run: Callable[[int], None]) -> None:
         """Find out how many rows take the least time.
@@ -131,8 +170,9 @@ class OneDnn:
         bias: torch.Tensor | None,
         handle: torch.Tensor,
         outputs: Sequence[int],
+        counts: torch.Tensor | None = None,
     ) -> Sequence[torch.Tensor]:
-        """See `products.Kernel`."""
+        """See `products.Kernel`; no stacks."""
         flat, together = x.reshape(-1, x.shape[-1]), sum(outputs)
         if self._exact:
             out = _multiply_exactly(flat, bias, handle, together, self._fewest)

@@ -14,7 +14,7 @@ from torch import nn
 
 from vllm_graft import exact, products
 from vllm_graft.joined import join_products
-from vllm_graft.products import Call, Group, Packed, Packer, Seen, unchanged
+from vllm_graft.products import Call, Group, Packer, Seen, unchanged
 from vllm_graft.serve import _vllm, _vllm_packed
 from vllm_graft.serve.freed import return_freed_memory
 from vllm_graft.weights.slots import slots, tensor_in
@@ -64,7 +64,7 @@ class Packing:
         self._packed += join_products(calls, linear, kept_apart=shared, same=self._same)
         self.ready()
         if self._packer is not None:
-            self._packer.settle(lambda rows: _rehearse(copies, rows))
+            self._packer.settle(copies)
         with products.serving():
             got = forward()  # tries numbers of rows, with weights of its own
         return_freed_memory()
@@ -125,20 +125,6 @@ class Packing:
             self._release = before
         if before:
             self.ready()
-
-
-_REHEARSED = 1 << 28
-"""Bytes of weights that a rehearsal reads: more than caches hold, and little time."""
-
-
-@torch.no_grad()
-def _rehearse(copies: list[Packed], rows: int) -> None:
-    """Make the products of a step with so many rows, as far as `_REHEARSED` goes."""
-    left = _REHEARSED
-    for packed in copies:
-        if left <= 0:
-            return
-        left -= packed.rehearse(rows)
 
 
 def _shared(model: nn.Module) -> set[int]:

@@ -78,7 +78,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         `[..., M]`.
     """
     if x.device.type != "cpu":
-        return _multiply(x, weight, bias)
+        return _multiply_wide(x, weight, bias) if _wide(x) else _multiply(x, weight, bias)
     if torch.is_autocast_enabled("cpu"):
         x, weight, bias = _autocast(x), _autocast(weight), None if bias is None else _autocast(bias)
     if compiled_serving():
@@ -88,6 +88,23 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         trained: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return trained
     return _linear(x, weight, bias)
+
+
+MANY_ROWS = 32
+"""On cards up to 16 float32 rows are added up in another order than more."""
+
+
+def _wide(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and not _is_sharded(x)
+
+
+def _multiply_wide(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """With `MANY_ROWS` of zeros more, always: compiled code must not ask how many there are."""
+    flat = x.flatten(0, -2)
+    out = _multiply(F.pad(flat, (0, 0, 0, MANY_ROWS)), weight, bias)
+    return out[: flat.shape[0]].view(*x.shape[:-1], -1)
 
 
 def _autocast(x: torch.Tensor) -> torch.Tensor:

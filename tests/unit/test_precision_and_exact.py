@@ -157,6 +157,26 @@ def test_activations_do_not_depend_on_where_a_number_lies(kind):
     assert not all(torch.equal(plain(x[r]), plain(x)[r]) for r in rows)
 
 
+def test_float32_products_on_a_card_have_many_rows(monkeypatch):
+    """Kernels there add up to 16 rows in another order than more."""
+    rows, multiply = [], exact._multiply
+    monkeypatch.setattr(
+        exact, "_multiply", lambda x, *rest: rows.append(len(x)) or multiply(x, *rest)
+    )
+    weight, bias = torch.randn(3, 5), torch.randn(3)
+    x = torch.randn(2, 4, 5, requires_grad=True)
+    out = exact._multiply_wide(x, weight, bias)
+    want = torch.nn.functional.linear(x, weight, bias)
+    torch.testing.assert_close(out, want)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (out, want)]
+    torch.testing.assert_close(*grads)
+    assert rows == [8 + exact.MANY_ROWS]
+    on_card = torch.empty(2, 4, 5, device="meta")
+    assert exact.linear(on_card, weight.to("meta")).shape == (2, 4, 3)
+    assert exact.linear(on_card.bfloat16(), weight.to("meta").bfloat16()).shape == (2, 4, 3)
+    assert rows[1:] == [8 + exact.MANY_ROWS, 2]
+
+
 def test_a_card_is_exact_only_in_batch_invariant_mode(monkeypatch):
     monkeypatch.setattr(_vllm, "platform_device", lambda: "cuda")
     config = SimpleNamespace(additional_config={})

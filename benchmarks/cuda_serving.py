@@ -1,7 +1,8 @@
-"""TorchTitan's Qwen3 through Graft on a card: speed, exactness and training steps.
+"""TorchTitan's Qwen3 or DeepSeek V3 through Graft on a card: speed, exactness, training steps.
 
     PYTHONPATH=. python benchmarks/cuda_serving.py speed --shape 0.5b
     PYTHONPATH=. python benchmarks/cuda_serving.py exact --shape 0.5b
+    PYTHONPATH=. python benchmarks/cuda_serving.py exact --shape deepseek
     PYTHONPATH=. python benchmarks/cuda_serving.py step --shape 0.5b
 
 Weights are random. `speed` pairs four engines, each in a process of its own, in
@@ -29,7 +30,9 @@ from typing import Any
 
 import torch
 
-FACTORY = "vllm_graft.examples.qwen3_torchtitan:build_qwen3_torchtitan"
+QWEN3 = "vllm_graft.examples.qwen3_torchtitan:build_qwen3_torchtitan"
+FACTORIES = {"deepseek": "vllm_graft.examples.deepseek_v3_torchtitan:build_deepseek_v3_torchtitan"}
+"""Of shapes that are no Qwen3."""
 GRAPHS = {
     "none": {"enforce_eager": True},
     # Decode steps as CUDA graphs, without Inductor.
@@ -84,7 +87,7 @@ def speed(checkpoint: str, args: argparse.Namespace) -> dict[str, Any]:
     }
     found: dict[str, Any] = {"settings": engine, "prompt_len": args.prompt_len}
     with tempfile.TemporaryDirectory() as cache, ExitStack() as stack:
-        entrants = chosen(engine, args.only.split(","), Path(cache))
+        entrants = chosen(engine, args, Path(cache))
         workers = {e.name: stack.enter_context(Worker(e, log_of(e, args))) for e in entrants}
         measure(started(workers), args, found)
     return found
@@ -137,18 +140,18 @@ def tell(found: dict[str, Any], name: str, result: Any, args: argparse.Namespace
         args.json.write_text(json.dumps(found))
 
 
-def chosen(engine: dict[str, Any], names: list[str], cache: Path) -> list[Any]:
-    """The contenders of these names; `graft-exact` is Graft under `VLLM_BATCH_INVARIANT=1`."""
+def chosen(engine: dict[str, Any], args: argparse.Namespace, cache: Path) -> list[Any]:
+    """The contenders of `--only`; `graft-exact` is Graft under `VLLM_BATCH_INVARIANT=1`."""
     from vllm_graft.bench.run import contenders
     from vllm_graft.cli.target import register_target
 
     user_env = dict(os.environ)
-    arch = register_target(engine["model"], None, FACTORY)
+    arch = register_target(engine["model"], None, FACTORIES.get(args.shape, QWEN3))
     peers = ["vllm", "transformers"]
     made = contenders(arch=arch, peers=peers, llm=engine, user_env=user_env, cache=cache)
     exact_env = {**made[0].env, "VLLM_BATCH_INVARIANT": "1"}
     made.insert(1, dataclasses.replace(made[0], name="graft-exact", env=exact_env))
-    return [entrant for entrant in made if entrant.name in names]
+    return [entrant for entrant in made if entrant.name in args.only.split(",")]
 
 
 def interleaved(workers: dict[str, Any], workload: Any) -> dict[str, Any]:
@@ -177,12 +180,12 @@ def summary(rounds: list[list[float]], of_first: list[list[float]]) -> dict[str,
 
 
 def trainable(checkpoint: str, args: argparse.Namespace) -> Any:
-    """A `TrainableLLM` of TorchTitan's Qwen3."""
+    """A `TrainableLLM` of TorchTitan's model."""
     import vllm_graft
 
     return vllm_graft.TrainableLLM(
         checkpoint,
-        factory=FACTORY,
+        factory=FACTORIES.get(args.shape, QWEN3),
         dtype="bfloat16",
         max_model_len=1280,
         gpu_memory_utilization=0.2,
@@ -238,7 +241,7 @@ def main() -> None:
     """Measure one thing."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("speed", "exact", "step"))
-    parser.add_argument("--shape", default="0.5b", help="0.5b, tiny or 8b")
+    parser.add_argument("--shape", default="0.5b", help="0.5b, deepseek, tiny or 8b")
     parser.add_argument("--checkpoint", type=Path, help="made here if it does not exist")
     parser.add_argument("--graphs", choices=tuple(GRAPHS), default="graphs")
     parser.add_argument("--logprobs-mode", default="raw_logprobs", help="of exact and step")

@@ -8,14 +8,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
+import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.support import python, relative_error
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.serve import _vllm, _vllm_cpu, _vllm_cuda, _vllm_packed
+from vllm_graft.serve import (
+    _vllm,
+    _vllm_cpu,
+    _vllm_cuda,
+    _vllm_mla_cuda,
+    _vllm_packed,
+)
 
 
 def test_the_registry_still_refuses_functions_by_itself():
@@ -201,6 +210,35 @@ def test_the_mla_layer_has_the_methods_that_are_replaced():
     update = ["self", "kv_c_normed", "k_pe", "kv_cache", "slot_mapping", "attn_metadata"]
     assert names(MLAAttention.update_kv_cache)[:6] == update
     assert "attn_backend" in names(MLAAttention.__init__)
+
+
+def test_the_latent_backend_for_cards_decodes_in_pages_of_one_size(monkeypatch):
+    from vllm.model_executor.layers.attention.mla_attention import MLAAttention
+    from vllm.v1.attention.backend import AttentionCGSupport
+    from vllm.v1.attention.backends import fa_utils
+
+    if _vllm.platform_device() == "cpu":  # such a build has no flash attention to import
+        missing = dict.fromkeys(("flash_attn_varlen_func", "get_scheduler_metadata"))
+        for name in missing:
+            monkeypatch.setattr(fa_utils, name, None, raising=False)
+        monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", SimpleNamespace(**missing))
+    backend = _vllm_mla_cuda.exact_backend.__wrapped__()
+    assert backend.get_name() == "FLASH_ATTN_MLA" and backend.supports_batch_invariance()
+    assert backend.supports_block_size(64) and not backend.supports_block_size(8)
+    builder = backend.get_builder_cls()
+    support = builder.get_cudagraph_support(None, None)
+    assert support is AttentionCGSupport.UNIFORM_BATCH
+    builder(None, [], None, "cuda")
+    assert {*_vllm_mla_cuda.LAYER_SIZES} < {*inspect.signature(MLAAttention.__init__).parameters}
+    assert "prefill_backend_cls" in inspect.signature(MLAAttention.__init__).parameters
+
+
+def test_the_metadata_for_cards_is_made_of_fields_that_builders_are_given():
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    given = {*CommonAttentionMetadata.__dataclass_fields__, *vars(CommonAttentionMetadata)}
+    asked = re.findall(r"common\.(\w+)", inspect.getsource(_vllm_mla_cuda.pages_of))
+    assert {*asked} <= given and len({*asked}) == 6
 
 
 def test_the_cpu_latent_kernel_takes_one_size_and_block():

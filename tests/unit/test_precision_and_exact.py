@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from vllm_graft import TrainableMLA, exact
+from vllm_graft import exact
 from vllm_graft.exact import make_exact
 from vllm_graft.precision import keep_table_precision, parameters_as
-from vllm_graft.serve import _vllm, adapter
+from vllm_graft.serve import _vllm
 from vllm_graft.train.options import engine_options
 
 
@@ -188,15 +188,3 @@ def test_a_card_is_exact_only_in_batch_invariant_mode(monkeypatch):
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
     assert _vllm.serves_exactly(config)
     engine_options(None, "Some", True, {})
-
-
-def test_latent_attention_is_refused_as_exact_on_a_card(monkeypatch):
-    latent = TrainableMLA.__new__(TrainableMLA)
-    nn.Module.__init__(latent)
-    model = nn.Sequential(latent)
-    adapter._refuse_latent_on_cards("Some", model)
-    adapter._refuse_latent_on_cards("Some", nn.Sequential(nn.Linear(2, 2)))
-    monkeypatch.setattr(_vllm, "platform_device", lambda: "cuda")
-    adapter._refuse_latent_on_cards("Some", nn.Sequential(nn.Linear(2, 2)))
-    with pytest.raises(ValueError, match=r"Some: .*CPU only.*exact=False.*vllm_graft_exact"):
-        adapter._refuse_latent_on_cards("Some", model)

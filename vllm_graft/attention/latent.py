@@ -75,9 +75,9 @@ def attend_latent(
         dropout: probability on the attention weights.
 
     Returns:
-        `[T, N, V]` in `q_TNH`'s dtype, differentiable in the first four. On the CPU build it is
-        bit-equal to what the engine computes, unless dropout is on or
-        attention is not causal.
+        `[T, N, V]` in `q_TNH`'s dtype, differentiable in the first four. On the CPU build, and
+        on cards that `_vllm_cuda.supports_latent`, it is bit-equal to what the engine computes,
+        unless dropout is on or attention is not causal.
     """
     num_heads, nope_dim = q_TNH.shape[1], q_TNH.shape[-1] - k_pe_TP.shape[-1]
     if q_TNH.shape[0] == 0:
@@ -126,19 +126,10 @@ class _EngineLatent(torch.autograd.Function):
         cu_seqlens: torch.Tensor,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        from vllm_graft.serve import _vllm_cpu
-
         ctx.save_for_backward(q, kv_c, k_pe, kv_b_weight)
         ctx.cu_seqlens, ctx.spec = cu_seqlens, spec
-        cache, batch = _vllm_cpu.latent_scratch(kv_c, k_pe, cu_seqlens)
-        return absorbed(
-            q,
-            kv_b_weight,
-            k_pe.shape[-1],
-            lambda query: _vllm_cpu.latent_attention(
-                query, cache, batch, spec.scale, k_pe.shape[-1]
-            ),
-        )
+        attend = _kernels(q.device).latent_over_scratch(kv_c, k_pe, cu_seqlens, spec.scale)
+        return absorbed(q, kv_b_weight, k_pe.shape[-1], attend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -150,10 +141,16 @@ class _EngineLatent(torch.autograd.Function):
 
 
 def _engine_kernel_fits(q: torch.Tensor, kv_c: torch.Tensor, k_pe: torch.Tensor) -> bool:
-    if q.device.type != "cpu" or find_spec("vllm") is None:
+    if q.device.type not in ("cpu", "cuda") or find_spec("vllm") is None:
         return False
-    from vllm_graft.serve import _vllm_cpu
-
-    return _vllm_cpu.supports_latent(
+    fits: bool = _kernels(q.device).supports_latent(
         kv_lora_rank=kv_c.shape[-1], qk_rope_head_dim=k_pe.shape[-1], dtype=q.dtype
     )
+    return fits
+
+
+def _kernels(device: torch.device) -> Any:
+    """VLLM's latent kernels on this kind of device."""
+    from vllm_graft.serve import _vllm_cpu, _vllm_cuda
+
+    return _vllm_cuda if device.type == "cuda" else _vllm_cpu

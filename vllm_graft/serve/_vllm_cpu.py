@@ -13,15 +13,18 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from vllm_graft.attention.kernels import AttentionSpec
-from vllm_graft.serve.scratch import LatentBatch, scratch_blocks
+from vllm_graft.serve.scratch import (
+    LATENT_RANK,
+    LATENT_ROPE,
+    LatentBatch,
+    pad_latent,
+    scratch_blocks,
+)
 
 _BLOCK_SIZE = 128  # vLLM's default block size on CPU; the result does not depend on it.
 LATENT_BLOCK_SIZE = 16
-LATENT_RANK, LATENT_ROPE = 512, 64
-"""What `mla_decode_kvcache` is compiled for (vLLM 0.32, `csrc/cpu/mla_decode.cpp`)."""
 
 
 @functools.cache
@@ -289,8 +292,8 @@ def latent_attention(
     rank = q_TNC.shape[-1] - qk_rope_head_dim
     table = batch.block_table
     if (rank, qk_rope_head_dim) != (LATENT_RANK, LATENT_ROPE):
-        cache, table = _padded(cache[table.flatten().long()], rank), _own_blocks(table)
-        q_TNC = _padded(q_TNC, rank)
+        cache, table = pad_latent(cache[table.flatten().long()], rank), _own_blocks(table)
+        q_TNC = pad_latent(q_TNC, rank)
     out = q_TNC.new_zeros(*q_TNC.shape[:2], LATENT_RANK)
     ops.mla_decode_kvcache_cpu(
         out, q_TNC.contiguous(), cache, scale, table[batch.sequence], batch.lengths
@@ -298,17 +301,17 @@ def latent_attention(
     return out[..., :rank]
 
 
-def _padded(x: torch.Tensor, rank: int) -> torch.Tensor:
-    """Latent and rope dims at the kernel's own places, zeros (which change nothing) between."""
-    latent, rope = x.split([rank, x.shape[-1] - rank], dim=-1)
-    return torch.cat(
-        [F.pad(latent, (0, LATENT_RANK - rank)), F.pad(rope, (0, LATENT_ROPE - rope.shape[-1]))], -1
-    )
-
-
 def _own_blocks(table: torch.Tensor) -> torch.Tensor:
     """The block table of blocks gathered in the order of `table`."""
     return torch.arange(table.numel(), dtype=torch.int32).view(table.shape)
+
+
+def latent_over_scratch(
+    kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`latent_attention` of absorbed queries `[T, N, R + P]` to these tokens, packed samples."""
+    cache, batch = latent_scratch(kv_c_TR, k_pe_TP, cu_seqlens)
+    return lambda query: latent_attention(query, cache, batch, scale, k_pe_TP.shape[-1])
 
 
 def latent_scratch(

@@ -9,12 +9,13 @@ R latent rank, P rope dims.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 
-from vllm_graft.serve.scratch import scratch_blocks
+from vllm_graft.serve.scratch import LATENT_RANK, LATENT_ROPE, pad_latent, scratch_blocks
 
 PAGE_SIZE = 16
 """vLLM's default block size on CUDA; the kernel's tiling depends on it."""
@@ -125,6 +126,64 @@ def latent_flash_over_pages(
     q_latent, q_rotated = q_TNR.tensor_split((rank,), dim=-1)
     out, _ = _flash(q_rotated, rotated, latent, layout, scale, 3, causal=True, q_v=q_latent)
     return out
+
+
+@lru_cache
+def why_no_latent(*, kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> str | None:
+    """Why `latent_attention` cannot run on this card; None where it can."""
+    from vllm.platforms import current_platform
+    from vllm.v1.attention.backends.fa_utils import flash_attn_supports_mla
+
+    if kv_lora_rank > LATENT_RANK or qk_rope_head_dim > LATENT_ROPE:
+        return (
+            f"kv_lora_rank={kv_lora_rank}, qk_rope_head_dim={qk_rope_head_dim}: the kernel takes "
+            f"{LATENT_RANK} and {LATENT_ROPE} at the most"
+        )
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{dtype}: the kernel takes bfloat16 and float16"
+    if not (current_platform.is_cuda() and flash_attn_supports_mla()):
+        return (
+            "the kernel is part of vLLM's FlashAttention 3, for NVIDIA cards of compute "
+            "capability 9 (H100, H200)"
+        )
+    return None
+
+
+def supports_latent(*, kv_lora_rank: int, qk_rope_head_dim: int, dtype: torch.dtype) -> bool:
+    """Whether training runs the engine's latent kernel: elsewhere no bits are equal anyway."""
+    from vllm import envs
+
+    sizes = {"kv_lora_rank": kv_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
+    return bool(envs.VLLM_BATCH_INVARIANT) and why_no_latent(**sizes, dtype=dtype) is None
+
+
+def latent_over_scratch(
+    kv_c_TR: torch.Tensor, k_pe_TP: torch.Tensor, cu_seqlens: torch.Tensor, scale: float
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """`latent_attention` of absorbed queries `[T, N, R + P]` to these tokens, packed samples."""
+    rank = kv_c_TR.shape[-1]
+    lengths = tuple((cu_seqlens[1:] - cu_seqlens[:-1]).tolist())
+    layout, slots, count = _scratch(lengths, kv_c_TR.device)
+    rows = pad_latent(torch.cat([kv_c_TR, k_pe_TP], dim=-1), rank)
+    pages = _scatter(rows, slots, count)
+    return lambda query: latent_attention(query, pages, layout, scale, rank)
+
+
+def latent_attention(
+    q_TNC: torch.Tensor, pages: torch.Tensor, layout: Layout, scale: float, rank: int
+) -> torch.Tensor:
+    """Attention in the latent space: one arithmetic for prefill, decode and training.
+
+    Args:
+        q_TNC: `[T, N, R + P]` absorbed queries.
+        pages: `[pages, PAGE_SIZE, LATENT_RANK + LATENT_ROPE]`, narrower vectors padded.
+        rank: R; the rest as in `latent_flash_over_pages`.
+
+    Returns:
+        `[T, N, R]`, without gradient.
+    """
+    query = pad_latent(q_TNC, rank)
+    return latent_flash_over_pages(query, pages, LATENT_RANK, layout, scale)[..., :rank]
 
 
 def _flash(

@@ -22,8 +22,9 @@ from torch import nn
 
 from vllm_graft.attention.latent import absorbed, split_kv_b
 from vllm_graft.attention.mla import TrainableMLA
-from vllm_graft.serve import _vllm_cpu
-from vllm_graft.serve.scratch import LatentBatch
+from vllm_graft.serve import _vllm_cpu, _vllm_mla_cuda
+from vllm_graft.serve._vllm import EXACT_OPTION
+from vllm_graft.serve.scratch import LATENT_RANK, LATENT_ROPE, LatentBatch
 
 
 class LiveKvB:
@@ -54,41 +55,51 @@ def paged_latent_layer(
     """A vLLM `MLAAttention` for `block`; building it registers its latent cache under `prefix`.
 
     Args:
-        exact: on CPU, run prefill and decode in one arithmetic, the training
-            forward's. Otherwise, and on GPUs, vLLM's own two paths.
+        exact: run prefill and decode in one arithmetic, the training forward's.
+            Otherwise vLLM's own two paths.
 
     Raises:
-        ValueError: sizes that the CPU kernel cannot take.
+        ValueError: sizes or settings that the kernel cannot take.
     """
-    from vllm.platforms import current_platform
-
     c = block.config
-    on_cpu = bool(current_platform.is_cpu())
-    if on_cpu:
-        _check_sizes(block, exact)
-        _check_cpu_config(vllm_config, exact)
-    layer: nn.Module = (_exact_layer() if on_cpu and exact else _stock_layer())(
+    kind, own = _kind(block, vllm_config, exact)
+    layer: nn.Module = kind(
         num_heads=block.wkv_b.weight.shape[0] // (c.qk_nope_head_dim + c.v_head_dim),
         scale=block.spec.scale,
         qk_nope_head_dim=c.qk_nope_head_dim,
-        qk_rope_head_dim=c.qk_rope_head_dim,
         v_head_dim=c.v_head_dim,
         q_lora_rank=c.q_lora_rank or None,
-        kv_lora_rank=c.kv_lora_rank,
         kv_b_proj=LiveKvB(block),
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,
-        # Never AMX_MLA, which packs `wkv_b` and frees the original.
-        attn_backend=_cpu_backend(exact) if on_cpu else None,
+        **own,
     )
     layer.on_weights_ready = on_weights_ready  # type: ignore[assignment]
     return layer
 
 
+def _kind(block: TrainableMLA, vllm_config: Any, exact: bool) -> tuple[Any, dict[str, Any]]:
+    """The layer's class, and the sizes and backend that it has on this platform."""
+    from vllm.platforms import current_platform
+
+    c = block.config
+    sizes = {"kv_lora_rank": c.kv_lora_rank, "qk_rope_head_dim": c.qk_rope_head_dim}
+    if current_platform.is_cpu():
+        _check_sizes(block, exact)
+        _check_cpu_config(vllm_config, exact)
+        # Never AMX_MLA, which packs `wkv_b` and frees the original.
+        layer = _exact_layer() if exact else _stock_layer()
+        return layer, {**sizes, "attn_backend": _cpu_backend(exact)}
+    if not exact:
+        return _stock_layer(), sizes
+    _vllm_mla_cuda.check_exact(block, vllm_config, EXACT_OPTION)
+    return _vllm_mla_cuda.exact_layer(_stock_layer()), _vllm_mla_cuda.options()
+
+
 def _check_sizes(block: TrainableMLA, exact: bool) -> None:
     c = block.config
-    most = (_vllm_cpu.LATENT_RANK, _vllm_cpu.LATENT_ROPE)
+    most = (LATENT_RANK, LATENT_ROPE)
     sizes = (c.kv_lora_rank, c.qk_rope_head_dim)
     if sizes == most or (exact and all(s <= m for s, m in zip(sizes, most, strict=True))):
         return

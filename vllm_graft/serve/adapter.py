@@ -13,7 +13,6 @@ from torch import nn
 
 from vllm_graft import products, tiles
 from vllm_graft.adapting import adapt, asks_for_adapt, call_factory
-from vllm_graft.attention.mla import TrainableMLA
 from vllm_graft.attention.shard import shard_attention
 from vllm_graft.exact import make_exact, take_products
 from vllm_graft.families.handwritten import PlainForCausalLM
@@ -241,7 +240,6 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     keep_table_precision(model, {})
     _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
     if _vllm.serves_exactly(vllm_config):
-        _refuse_latent_on_cards(arch, model)
         make_exact(model)
         _vllm.emulate_eager_rounding(vllm_config)
     else:
@@ -255,17 +253,6 @@ def _check_ranks_supported(arch: str, model: nn.Module, context: ParallelContext
     if ranks > 1 and not getattr(model, "supports_tp", True):
         raise ValueError(
             f"{arch}: tensor_parallel_size={ranks}: a model that adapt made is not sharded; use 1"
-        )
-
-
-def _refuse_latent_on_cards(arch: str, model: nn.Module) -> None:
-    """Training and vLLM's MLA kernels compute one thing in two ways on a card."""
-    latent = any(isinstance(module, TrainableMLA) for module in model.modules())
-    if latent and _vllm.platform_device() != "cpu":
-        raise ValueError(
-            f"{arch}: log-probabilities of latent attention are exact on CPU only; "
-            "pass exact=False to TrainableLLM, or to vLLM "
-            f"additional_config={{{_vllm.EXACT_OPTION!r}: False}}"
         )
 
 

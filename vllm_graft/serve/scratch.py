@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
+
+LATENT_RANK, LATENT_ROPE = 512, 64
+"""DeepSeek's sizes, for which vLLM's latent kernels are compiled."""
 
 
 @lru_cache(maxsize=8)
@@ -35,6 +39,25 @@ def scratch_blocks(
     starts = (first * block_size).tolist()
     slots = torch.cat([torch.arange(n) + s for n, s in zip(lengths, starts, strict=True)])
     return table, slots, count
+
+
+def pad_latent(x: torch.Tensor, rank: int) -> torch.Tensor:
+    """`[..., R + P]` at the kernels' own sizes, with zeros (which change nothing) between.
+
+    Args:
+        x: latent dims, then rotated ones.
+        rank: R, at most `LATENT_RANK`; P is at most `LATENT_ROPE`.
+    """
+    latent, rope = x.split([rank, x.shape[-1] - rank], dim=-1)
+    if (rank, rope.shape[-1]) == (LATENT_RANK, LATENT_ROPE):
+        return x
+    return torch.cat([pad_to(latent, LATENT_RANK), pad_to(rope, LATENT_ROPE)], dim=-1)
+
+
+def pad_to(x: torch.Tensor, width: int) -> torch.Tensor:
+    """Zeros after the last numbers of each row."""
+    missing = width - x.shape[-1]
+    return F.pad(x, (0, missing)) if missing else x
 
 
 @dataclass(frozen=True, kw_only=True)

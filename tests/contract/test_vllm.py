@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import re
 import sys
+from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from vllm_graft.serve import (
     _vllm,
     _vllm_cpu,
     _vllm_cuda,
+    _vllm_engine,
     _vllm_mla_cuda,
     _vllm_packed,
 )
@@ -239,6 +241,32 @@ def test_the_metadata_for_cards_is_made_of_fields_that_builders_are_given():
     given = {*CommonAttentionMetadata.__dataclass_fields__, *vars(CommonAttentionMetadata)}
     asked = re.findall(r"common\.(\w+)", inspect.getsource(_vllm_mla_cuda.pages_of))
     assert {*asked} <= given and len({*asked}) == 6
+
+
+def test_the_engine_still_ends_groups_while_compiled_pieces_hold_their_graphs(monkeypatch):
+    """`free_graphs_at_end` can go when this fails."""
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+    from vllm.v1.engine.core import EngineCore
+
+    assert "cleanup_dist_env_and_memory" in inspect.getsource(EngineCore.shutdown)
+    assert "clear" in inspect.getsource(CUDAGraphWrapper.clear_graphs)
+    ended, at_exit, mine = [], [], SimpleNamespace()
+    wrappers = [
+        SimpleNamespace(vllm_config=config, clear_graphs=partial(ended.append, name))
+        for name, config in (("mine", mine), ("another's", SimpleNamespace()))
+    ]
+    monkeypatch.setattr(CUDAGraphWrapper, "_all_instances", wrappers)
+    monkeypatch.setattr(_vllm_engine.atexit, "register", at_exit.append)
+    worker = SimpleNamespace(worker=SimpleNamespace(model_runner=SimpleNamespace(vllm_config=mine)))
+    core = SimpleNamespace(
+        shutdown=lambda: ended.append("shutdown"),
+        model_executor=SimpleNamespace(driver_worker=worker),
+    )
+    _vllm_engine.free_graphs_at_end(core)
+    core.shutdown()
+    assert ended == ["mine", "shutdown"]
+    at_exit[0]()
+    assert ended[2:] == ["mine"]
 
 
 def test_the_cpu_latent_kernel_takes_one_size_and_block():

@@ -6,6 +6,7 @@ Tested with vLLM 0.32 by `tests/contract`.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import functools
 import os
 from collections.abc import Callable, Iterator
@@ -73,6 +74,31 @@ def before_each_step(core: Any, ready: Callable[[bool], bool]) -> None:
         return step()
 
     core.step_fn = checked
+
+
+def free_graphs_at_end(core: Any) -> None:
+    """Free the CUDA graphs of compiled pieces before the engine shuts down, and before Python does.
+
+    They hold operations of NCCL, and with them alive the shutdown of an engine on several ranks
+    does not return. Relies on `CUDAGraphWrapper`, up to 0.32; can go when that shutdown frees them.
+    """
+    shutdown, runner = core.shutdown, core.model_executor.driver_worker.worker.model_runner
+    free = functools.partial(_free_graphs, runner.vllm_config)
+
+    def whole() -> None:
+        free()
+        shutdown()
+
+    core.shutdown = whole
+    atexit.register(free)
+
+
+def _free_graphs(vllm_config: Any) -> None:
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    for wrapper in list(CUDAGraphWrapper._all_instances):
+        if wrapper.vllm_config is vllm_config:
+            wrapper.clear_graphs()
 
 
 def forget_cached(core: Any) -> None:

@@ -55,6 +55,7 @@ class TrainableLLM(LLM):  # type: ignore[misc]
         self.live = LiveModule(core)
         self.model: nn.Module = self.live.model
         _vllm_engine.before_each_step(core, self._ready)
+        _vllm_engine.free_graphs_at_end(core)
 
     def weights_changed(self) -> None:
         """Say that weights changed: nothing computed with the old ones is used again.

@@ -4,8 +4,8 @@
 
 Through memory of the card (CUDA IPC) and through the host's shared memory, in turns, each round
 with other weights. After each push the engine generates, and the trainer computes the
-log-probabilities of its tokens: counted are those that are equal. Without a card it runs on CPU,
-through the host's memory.
+log-probabilities of its tokens, by the kernel with which the engine reports them: counted are
+those that are equal. Without a card it runs on CPU, through the host's memory.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # CUDA is in use here befo
 
 import torch
 
-from vllm_graft import make_exact, packed
+from vllm_graft import make_exact
+from vllm_graft.serve._vllm_sampling import logprobs_kernel
 from vllm_graft.train import push
+from vllm_graft.train.logprobs import token_logprobs
 from vllm_graft.train.segment_cuda import CardSegment
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,7 +65,9 @@ def trainer(checkpoint: str) -> Any:
         hf_config=AutoConfig.from_pretrained(checkpoint),
         model_config=SimpleNamespace(max_model_len=512, dtype=torch.bfloat16),
     )
-    model: Any = build_qwen3_torchtitan(config, None).to(DEVICE)
+    # Built where it will run, as the engine's: cosines of a RoPE table differ between devices.
+    with torch.device(DEVICE):
+        model: Any = build_qwen3_torchtitan(config, None)
     make_exact(model)
     return model
 
@@ -90,7 +94,8 @@ def equal(llm: Any, model: Any) -> tuple[int, int]:
     from vllm import SamplingParams
 
     generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, 30000, (n,), generator=generator).tolist() for n in LENGTHS]
+    vocab_size = llm.model_config.get_vocab_size()
+    prompts = [torch.randint(0, vocab_size, (n,), generator=generator).tolist() for n in LENGTHS]
     sampling = SamplingParams(max_tokens=40, ignore_eos=True, logprobs=0, detokenize=False)
     outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)
     made = [list(output.outputs[0].token_ids) for output in outputs]
@@ -99,22 +104,23 @@ def equal(llm: Any, model: Any) -> tuple[int, int]:
         for output, tokens in zip(outputs, made, strict=True)
         for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)
     ]
-    ours = [
-        value
-        for prompt, tokens in zip(prompts, made, strict=True)
-        for value in scored(model, prompt, tokens)
-    ]
+    ours = scored(llm, model, prompts, made)
     return sum(a == b for a, b in zip(served, ours, strict=True)), len(served)
 
 
 @torch.no_grad()
-def scored(model: Any, prompt: list[int], tokens: list[int]) -> list[float]:
-    """The trainer's log-probabilities of `tokens` after `prompt`, made where the model lies."""
-    whole = torch.tensor(prompt + tokens, device=DEVICE)
-    with packed(torch.tensor([0, len(whole)])):
-        logits = model.compute_logits(model(whole))[len(prompt) - 1 : -1]
-    logprobs = logits.log_softmax(-1, dtype=torch.float32)
-    values: list[float] = logprobs.gather(1, whole[len(prompt) :, None])[:, 0].tolist()
+def scored(llm: Any, model: Any, prompts: list[list[int]], made: list[list[int]]) -> list[float]:
+    """The trainer's log-probabilities of the tokens after each prompt, in one packed forward."""
+    found = token_logprobs(
+        lambda tokens, positions: model(tokens),
+        model.compute_logits,
+        [prompt + tokens for prompt, tokens in zip(prompts, made, strict=True)],
+        [len(prompt) for prompt in prompts],
+        vocab_size=llm.model_config.get_vocab_size(),
+        device=torch.device(DEVICE),
+        kernel=logprobs_kernel(llm.llm_engine.vllm_config),
+    )
+    values: list[float] = torch.cat(found).tolist()
     return values
 
 

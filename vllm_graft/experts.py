@@ -34,7 +34,15 @@ def by_expert(
 
     Returns:
         `[R, M]`.
+
+    Raises:
+        RuntimeError: a CUDA graph is being recorded.
     """
+    if counts_E.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"experts of {x_RD.dtype} run one by one, by counts that the host reads, which no CUDA "
+            "graph can hold: pass enforce_eager=True, or serve TorchTitan's experts in bfloat16"
+        )
     # unbind: its backward makes one gradient per stack; indexing would make one per expert.
     weights = zip(*(stack.unbind() for stack in stacks), strict=True)
     outputs = []

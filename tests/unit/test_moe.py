@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from tests.support import python, relative_error
 from vllm_graft import exact, products, record_routing
+from vllm_graft.experts import by_expert
 from vllm_graft.families.torchtitan_moe import correct_feed_forward
 from vllm_graft.precision import keep_table_precision, parameters_as
 
@@ -308,3 +310,11 @@ def test_changed_experts_are_packed_anew(packed):
     copied = copy.deepcopy(moe)
     assert torch.equal(served(copied, x), plain(x))
     assert copied.routed_experts.inner_experts.graft_stacks["w1_EFD"].graft_packed is None
+
+
+def test_experts_one_by_one_are_not_recorded_in_a_cuda_graph(monkeypatch):
+    """The host reads their counts."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    counts = SimpleNamespace(is_cuda=True)
+    with pytest.raises(RuntimeError, match=r"float16 .*enforce_eager=True.*bfloat16"):
+        by_expert(torch.add, torch.zeros(2, 3, dtype=torch.float16), counts)

@@ -75,7 +75,7 @@ def pack(weights: Sequence[torch.Tensor]) -> Packed:
 def unpack(packed: Packed, outputs: Sequence[int]) -> list[torch.Tensor]:
     """The weights `[M, K]` of a packed copy, M being each of `outputs`."""
     parts = packed.pairs.split([-(-count // PANEL) for count in outputs])
-    full = [part.transpose(1, 2).flatten(0, 1).view(torch.bfloat16) for part in parts]
+    full = [part.mT.contiguous().flatten(0, 1).view(torch.bfloat16) for part in parts]
     return [weight[:count].clone() for weight, count in zip(full, outputs, strict=True)]
 
 

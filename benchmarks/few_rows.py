@@ -23,7 +23,7 @@ from vllm_graft.serve._vllm_packed import OneDnn, PackedBf16
 SHAPES = ((4096, 1024), (1024, 2048), (6144, 1024), (1024, 3072))
 """Outputs and inputs: queries, keys and values; their output; gate and up; down."""
 LAYERS = 28
-ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 512)
+ROWS = (1, 2, 3, 4, 6, 8, 12, 16, 32, 64, 128, 256, 512)
 CHUNK = 512
 
 Weights = list[tuple[int, int, Copy]]

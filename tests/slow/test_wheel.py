@@ -66,6 +66,11 @@ def test_the_api_path_works_in_a_fresh_interpreter(environment, setting):
     assert same == "True" and where.startswith(str(environment))
 
 
+def test_kernels_come_with_their_source(environment):
+    [package] = (environment / "lib").glob("python*/site-packages/vllm_graft")
+    assert (package / "kernels/packed_bf16.cpp").is_file()
+
+
 def test_the_command_line_lists_the_built_in_architecture(environment):
     assert "Qwen3TorchTitan" in run(environment / "bin/vllm-graft", "list", "--json")
 

@@ -161,13 +161,10 @@ std::vector<Tensor> packed_bf16(const Tensor& x, const std::optional<Tensor>& bi
                                 int64_t chunk) {
   const Product product(x, bias, handle, outputs, chunk);
   const int64_t group = std::max<int64_t>(ROWS, CACHED / (2 * product.of.pairs) / ROWS * ROWS);
-  const int64_t groups = (product.rows + group - 1) / group;
-  torch::stable::parallel_for(0, groups * product.panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t first = task / product.panels * group;
-      const int64_t last = std::min(product.rows, first + group);
-      product.multiply(product.packed, task % product.panels, first, last);
-    }
+  torch::stable::parallel_for(0, product.panels, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t first = 0; first < product.rows; first += group)
+      for (int64_t panel = begin; panel < end; ++panel)
+        product.multiply(product.packed, panel, first, std::min(product.rows, first + group));
   });
   return product.results;
 }

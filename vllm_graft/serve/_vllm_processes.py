@@ -40,6 +40,7 @@ def unlink_when_shared(shared: Any) -> None:
     """
     stock = shared._init_cpu_shm
 
+    @functools.wraps(stock)
     def init(self: Any) -> int:
         handle: int = stock(self)
         name = f"{self.group_name}_{self.communicator.rank}".lstrip("/")

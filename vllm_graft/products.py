@@ -127,13 +127,8 @@ def packed_product(
     """`x @ module.weight.T + bias`, where a packed copy may serve; else None."""
     if _State.calls is not None:
         _State.calls.append(Call(module, x, bias is not None))
-    place: _Place | None = getattr(module, ATTRIBUTE, None)
-    if place is None:
-        return None
-    if _State.serving and not torch.is_grad_enabled():
-        return place.packed.product(place.index, x)
-    place.packed.restore()
-    return None
+    place = _serving_place(module)
+    return None if place is None else place.packed.product(place.index, x)
 
 
 def packed_experts(
@@ -153,11 +148,15 @@ def packed_experts(
     if _State.calls is not None:
         _State.calls.extend(Call(_stack(module, name), x, False) for name in names)
     stacks: dict[str, Stack] = getattr(module, _STACKS, {})
-    place: _Place | None = getattr(stacks.get(names[0]), ATTRIBUTE, None)
-    if place is None:
-        return None
-    if _State.serving and not torch.is_grad_enabled():
-        return place.packed.multiply(x, counts)
+    place = _serving_place(stacks.get(names[0]))
+    return None if place is None else place.packed.multiply(x, counts)
+
+
+def _serving_place(layer: Any) -> _Place | None:
+    """Where `layer` finds a packed copy to serve by; released weights come back for the rest."""
+    place: _Place | None = getattr(layer, ATTRIBUTE, None)
+    if place is None or (_State.serving and not torch.is_grad_enabled()):
+        return place
     place.packed.restore()
     return None
 

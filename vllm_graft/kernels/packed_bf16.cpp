@@ -81,7 +81,11 @@ void store(__m512 sum, const bf16* bias, bf16* out, int64_t room) {
     _mm256_store_si256((__m256i*)some, _mm256_maskz_loadu_epi16(lanes, bias));
     sum = _mm512_add_ps(sum, wide(some));
   }
-  _mm256_mask_storeu_epi16(out, lanes, (__m256i)_mm512_cvtneps_pbh(sum));
+  const auto narrow = (__m256i)_mm512_cvtneps_pbh(sum);
+  if (room >= 16)
+    _mm256_storeu_si256((__m256i*)out, narrow);
+  else
+    _mm256_mask_storeu_epi16(out, lanes, narrow);
 }
 
 // N rows from `row` on times one panel, whose first output is number `column` of its part.

@@ -10,7 +10,9 @@ They are taken out here; everything else in a decoder was measured to agree.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -207,7 +209,7 @@ def _traced_linear(
     if step is None:
         out: torch.Tensor = torch.ops.vllm_graft.linear(x, weight, bias)
         return out
-    rows = x.shape[:-1].numel()
+    rows = math.prod(x.shape[:-1])
     # Such a graph believes that there are two rows at least, so a lone one is not asked for
     # but follows from the remainder.
     padded = F.pad(x.reshape(rows, -1), (0, 0, 0, -rows % step))
@@ -348,9 +350,30 @@ def _float32_on_cpu(x: torch.Tensor) -> bool:
     return x.dtype == torch.float32 and x.device.type == "cpu"
 
 
+class _State:
+    # A plain attribute: torch.compile traces reads of it.
+    recording = False
+
+
+@contextmanager
+def recording() -> Iterator[None]:
+    """Choose operations for a graph in the block (`serve.recording` makes one)."""
+    _State.recording = True
+    try:
+        yield
+    finally:
+        _State.recording = False
+
+
+def is_recorded() -> bool:
+    """Whether a graph is being recorded."""
+    return _State.recording
+
+
 def compiled_serving() -> bool:
     """Whether this is being traced for inference: then the eager kernel is called as it is."""
-    return torch.compiler.is_compiling() and not torch.is_grad_enabled()
+    traced = _State.recording or torch.compiler.is_compiling()
+    return traced and not torch.is_grad_enabled()
 
 
 _LIBRARY = torch.library.Library("vllm_graft", "DEF")

@@ -110,8 +110,10 @@ def of_tokens(
         scores_TK: their weights.
         experts: how many there are.
     """
-    order_R = ids_TK.flatten().argsort(stable=True)
-    counts_E = ids_TK.flatten().bincount(minlength=experts)
+    chosen_R = ids_TK.flatten()
+    order_R = chosen_R.argsort(stable=True)
+    # No bincount: compiled, its size would follow from values.
+    counts_E = chosen_R.new_zeros(experts).scatter_add(0, chosen_R, torch.ones_like(chosen_R))
     rows_RD = run(x_TD[order_R // ids_TK.shape[1]], counts_E)
     chosen_TKD = rows_RD[order_R.argsort()].view(*ids_TK.shape, -1)
     # Not added expert by expert: the order in which a token chose them is its own.

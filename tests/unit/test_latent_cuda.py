@@ -83,9 +83,9 @@ class Stock(torch.nn.Module):
 
     scale = 0.1
 
-    def __init__(self, weight):
+    def __init__(self, heads):
         super().__init__()
-        self.kv_b_proj = SimpleNamespace(weight=weight)
+        self.kv_b_proj = SimpleNamespace(heads=heads)
 
     def update_kv_cache(self, kv_c, k_pe, cache, slots, metadata):
         assert metadata is None
@@ -97,9 +97,10 @@ def test_serving_in_chunks_gives_the_training_forward(rank, rope):
     """Every sample's last three tokens in a second step, with rows that fill a graph."""
     q, kv_c, k_pe, weight = tensors(rank, rope)
     attend = _vllm_cuda.latent_over_scratch(kv_c, k_pe, borders(), 0.1)
-    want = latent.absorbed(q, weight, rope, attend)
+    heads = latent.PlainHeads(weight, q.shape[1], q.shape[2] - rope)
+    want = latent.absorbed(q, heads, rope, attend)
     layout, slots, pages = _vllm_cuda._scratch(LENGTHS, q.device)
-    layer = _vllm_mla_cuda.exact_layer(Stock)(weight)
+    layer = _vllm_mla_cuda.exact_layer(Stock)(heads)
     cache = torch.zeros(pages, _vllm_cuda.PAGE_SIZE, WHOLE)
     got = torch.empty_like(want)
     for rows, new, known in steps():
@@ -133,7 +134,8 @@ def steps():
 def test_without_metadata_the_layer_gives_zeros():
     q, kv_c, k_pe, weight = tensors(48, 16)
     out = torch.full((len(q), HEADS * VALUES), torch.nan)
-    layer = _vllm_mla_cuda.exact_layer(Stock)(weight)
+    heads = latent.PlainHeads(weight, HEADS, q.shape[2] - 16)
+    layer = _vllm_mla_cuda.exact_layer(Stock)(heads)
     layer.forward_impl(q, kv_c, k_pe[:, None], torch.empty(0), None, out)
     assert not out.any()
 

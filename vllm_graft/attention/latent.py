@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,34 @@ def split_kv_b(
     return per_head[:, :nope_dim], per_head[:, nope_dim:]
 
 
+class Heads(Protocol):
+    """Multiplies each head by its share of `wkv_b`; a row does not depend on the others."""
+
+    def absorb(self, q_nope_TNC: torch.Tensor) -> torch.Tensor:
+        """Queries in the latent space, `[T, N, R]`."""
+
+    def expand(self, latent_TNR: torch.Tensor) -> torch.Tensor:
+        """Values of weighted latent vectors, `[T, N, V]`."""
+
+
+class PlainHeads:
+    """`Heads` by the weight itself."""
+
+    def __init__(self, kv_b_weight: torch.Tensor, num_heads: int, nope_dim: int) -> None:
+        self._keys, self._values = split_kv_b(kv_b_weight, num_heads, nope_dim)
+
+    def absorb(self, q_nope_TNC: torch.Tensor) -> torch.Tensor:
+        """See `Heads`."""
+        return heads_product(q_nope_TNC, self._keys)
+
+    def expand(self, latent_TNR: torch.Tensor) -> torch.Tensor:
+        """See `Heads`."""
+        return heads_product(latent_TNR, self._values.transpose(1, 2))
+
+
 def absorbed(
     q_TNH: torch.Tensor,
-    kv_b_weight: torch.Tensor,
+    heads: Heads,
     rope_dim: int,
     attend: Callable[[torch.Tensor], torch.Tensor],
 ) -> torch.Tensor:
@@ -41,7 +66,7 @@ def absorbed(
 
     Args:
         q_TNH: `[T, N, C + P]` queries, the last P dims rotated.
-        kv_b_weight: `[N * (C + V), R]`.
+        heads: of `wkv_b`.
         rope_dim: P.
         attend: takes queries `[T, N, R + P]` to weighted latent vectors `[T, N, R]`.
 
@@ -49,9 +74,7 @@ def absorbed(
         `[T, N, V]`; a row depends on its own query and context only.
     """
     q_nope, q_pe = q_TNH.split([q_TNH.shape[-1] - rope_dim, rope_dim], dim=-1)
-    keys, values = split_kv_b(kv_b_weight, q_TNH.shape[1], q_nope.shape[-1])
-    latent = attend(torch.cat([heads_product(q_nope, keys), q_pe], dim=-1))
-    return heads_product(latent, values.transpose(1, 2))
+    return heads.expand(attend(torch.cat([heads.absorb(q_nope), q_pe], dim=-1)))
 
 
 def attend_latent(
@@ -129,7 +152,9 @@ class _EngineLatent(torch.autograd.Function):
         ctx.save_for_backward(q, kv_c, k_pe, kv_b_weight)
         ctx.cu_seqlens, ctx.spec = cu_seqlens, spec
         attend = _kernels(q.device).latent_over_scratch(kv_c, k_pe, cu_seqlens, spec.scale)
-        return absorbed(q, kv_b_weight, k_pe.shape[-1], attend)
+        rope_dim = k_pe.shape[-1]
+        heads = PlainHeads(kv_b_weight, q.shape[1], q.shape[-1] - rope_dim)
+        return absorbed(q, heads, rope_dim, attend)
 
     @staticmethod
     @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]

@@ -41,6 +41,8 @@ class PlainForCausalLM(VLLMModelForCausalLM):
     """
 
     supports_tp: ClassVar[bool] = False
+    recorded: ClassVar[bool] = True
+    """The compiler gets `serve.recording` in place of the Python."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -146,7 +148,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         def attend(call: AttentionCall) -> torch.Tensor:
             k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
             seen.append((call.q, call.q @ k.transpose(-2, -1)))
-            return torch.zeros_like(call.q)
+            return call.v.new_zeros(call.q.shape)
 
         tokens = _tokens(self.model, LENGTHS[0])
         self._watched(tokens, _count(tokens) + first, attend)
@@ -201,7 +203,7 @@ def find_sites(model: nn.Module, length: int = LENGTHS[0]) -> list[Site]:
         if any(other.name == site.name for other in sites):
             raise ValueError(f"{site.name}: attention runs twice in one forward")
         sites.append(site)
-        return torch.zeros_like(call.q)
+        return call.v.new_zeros(call.q.shape)
 
     tokens = _tokens(model, length)
     try:
@@ -228,7 +230,7 @@ def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
     placed, written = [], []
     for length in LENGTHS:
         tokens = _tokens(model, length)
-        calls = Calls(tokens.shape, lambda call: torch.zeros_like(call.q))
+        calls = Calls(tokens.shape, lambda call: call.v.new_zeros(call.q.shape))
         with calls:
             run_original(model, tokens, _count(tokens))
         placed.append(calls.follows - calls.others)

@@ -47,7 +47,8 @@ class Calls(Watch):
         shape: `[B, L]` of the token ids.
         attend: takes each attention call, returns its result `[B, N, L, H]`.
         place: gets the line of each call that may count the tokens, returns the positions
-            `[L]` to take instead; None leaves the call alone.
+            `[L]` to take instead, or None, which leaves the call alone. Without it such calls
+            are noted in `follows` and `others`.
         writes: whether a line begins attention that is written out, if its product has the
             shape of scores.
     """
@@ -56,7 +57,7 @@ class Calls(Watch):
         self,
         shape: torch.Size,
         attend: Callable[[AttentionCall], torch.Tensor],
-        place: Callable[[Line], torch.Tensor | None] = lambda _: None,
+        place: Callable[[Line], torch.Tensor | None] | None = None,
         writes: Callable[[Line], bool] = lambda _: True,
     ) -> None:
         super().__init__()
@@ -88,15 +89,11 @@ class Calls(Watch):
             return written
         if any(isinstance(x, Scores) for x in args):
             return scores.change(func, args, kwargs)
-        result = func(*args, **kwargs)
-        if func not in (torch.arange, torch.Tensor.__getitem__):
-            return result
-        line = _caller()
-        if line[0].startswith(_TORCH) or line[0].endswith(_MASKS):
-            return result  # indices of a mask, not a model's positions
         if func is torch.arange:
-            return self._arange(line, result)
-        return self._slice(line, args[0], args[1], result)
+            return self._arange(_caller(), args, kwargs)
+        if func is torch.Tensor.__getitem__:
+            return self._slice(_caller(), *args)
+        return func(*args, **kwargs)
 
     def _attention(self, func: Any) -> Callable[..., Any] | None:
         """What answers a call of `func`; None if it is not attention."""
@@ -170,30 +167,48 @@ class Calls(Watch):
             return False
         return q.shape[-2] == k.shape[-2] == self.length
 
-    def _arange(self, line: Line, result: torch.Tensor) -> torch.Tensor:
-        at = self.place(line)
+    def _arange(self, line: Line, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        result = torch.arange(*args, **kwargs)
+        at = self._placed(line)
         if at is not None:
             return at.to(result.dtype)
-        counts = result.tolist() == list(range(self.length))
-        (self.follows if counts else self.others).add(line)
+        if self._notes(line):
+            self._note(line, result.tolist() == list(range(self.length)))
         return result
 
-    def _slice(
-        self, line: Line, table: torch.Tensor, index: Any, result: torch.Tensor
-    ) -> torch.Tensor:
+    def _slice(self, line: Line, table: torch.Tensor, index: Any) -> torch.Tensor:
         parts = index if isinstance(index, tuple) else (index,)
-        cut = [dim for dim, part in enumerate(parts) if _first(part, self.length)]
-        at = self.place(line)
+        at = self._placed(line)
         if at is not None:
-            return table.index_select(cut[0], at)
+            return table.index_select(self._cut(parts)[0], at)
+        if self._notes(line):
+            self._note(line, self._counts(table, parts))
+        return table[index]
+
+    def _cut(self, parts: tuple[Any, ...]) -> list[int]:
+        """The dimensions that keep as many entries as there are tokens, the first ones."""
+        return [dim for dim, part in enumerate(parts) if _first(part, self.length)]
+
+    def _counts(self, table: torch.Tensor, parts: tuple[Any, ...]) -> bool:
+        """Whether `table[parts]` are the first entries of one dimension, one for each token."""
+        cut = self._cut(parts)
         whole = all(
             isinstance(part, slice) and part == slice(None)
             for dim, part in enumerate(parts)
             if dim not in cut
         )
-        counts = len(cut) == 1 and whole and table.shape[cut[0]] > self.length
+        return len(cut) == 1 and whole and table.shape[cut[0]] > self.length
+
+    def _placed(self, line: Line) -> torch.Tensor | None:
+        return None if self.place is None else self.place(line)
+
+    def _notes(self, line: Line) -> bool:
+        """Whether to note this call; those in torch are indices of a mask, not positions."""
+        inside = line[0].startswith(_TORCH) or line[0].endswith(_MASKS)
+        return self.place is None and not inside
+
+    def _note(self, line: Line, counts: bool) -> None:
         (self.follows if counts else self.others).add(line)
-        return result
 
 
 def _weighted(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor | None:
@@ -229,6 +244,6 @@ def _first(part: Any, length: int) -> bool:
         isinstance(part, slice)
         and part.start in start
         and part.step is None
-        and isinstance(part.stop, int)
+        and isinstance(part.stop, (int, torch.SymInt))
         and part.stop == length
     )

@@ -63,6 +63,8 @@ class TransformersForCausalLM(SavedByTransformers, VLLMModelForCausalLM):
     """
 
     supports_tp: ClassVar[bool] = False
+    recorded: ClassVar[bool] = True
+    """The compiler gets `serve.recording` in place of the Python."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

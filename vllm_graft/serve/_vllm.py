@@ -312,7 +312,7 @@ def compiled(module_class: type[nn.Module]) -> type[nn.Module]:
     return decorated
 
 
-def extend_compile_key(vllm_config: Any, digest: str) -> None:
+def extend_compile_key(vllm_config: Any, **digests: str) -> None:
     """Make the compile cache key depend on the model itself.
 
     Up to 0.32 vLLM keys on its config and the traced files, so two factories that differ
@@ -320,7 +320,8 @@ def extend_compile_key(vllm_config: Any, digest: str) -> None:
     the key. Can go when vLLM hashes the module.
     """
     if isinstance(vllm_config.additional_config, dict):
-        vllm_config.additional_config["vllm_graft_model"] = digest
+        named = {f"vllm_graft_{what}": digest for what, digest in digests.items()}
+        vllm_config.additional_config.update(named)
 
 
 def runs_compiled(body: Any) -> bool:
@@ -329,6 +330,11 @@ def runs_compiled(body: Any) -> bool:
     Relies on `do_not_compile`, which `support_torch_compile` sets, up to 0.32.
     """
     return not getattr(body, "do_not_compile", True)
+
+
+def never_compile(body: Any) -> None:
+    """Let a body under `support_torch_compile` run as it is from now on."""
+    body.do_not_compile = True
 
 
 def emulate_eager_rounding(vllm_config: Any) -> None:

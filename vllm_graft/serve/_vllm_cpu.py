@@ -83,7 +83,9 @@ def paged_attention(
         seq_lens=requests.lengths,
         scale=spec.scale,
         causal=spec.causal,
-        alibi_slopes=None if spec.alibi_slopes is None else torch.tensor(spec.alibi_slopes),
+        alibi_slopes=None
+        if spec.alibi_slopes is None
+        else torch.tensor(spec.alibi_slopes, dtype=torch.float32),
         sliding_window=_window(spec),
         block_table=requests.block_table,
         softcap=spec.softcap or 0.0,
@@ -121,6 +123,12 @@ def _requests(sizes: tuple[int, ...], block_size: int, few: int | None) -> _Requ
         borders, lengths, sample = in_few_queries(borders, lengths, few)
         block_table = block_table[sample]
     return _Requests(borders, lengths, block_table, slots, num_blocks)
+
+
+def _slopes(spec: AttentionSpec) -> torch.Tensor | None:
+    # In float32 also while a model is built, when the default is the model's dtype.
+    slopes = spec.alibi_slopes
+    return None if slopes is None else torch.tensor(slopes, dtype=torch.float32)
 
 
 def _window(spec: AttentionSpec) -> int:

@@ -20,10 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_graft.attention.latent import absorbed, split_kv_b
+from vllm_graft.attention.latent import Heads, PlainHeads, absorbed, split_kv_b
 from vllm_graft.attention.mla import TrainableMLA
+from vllm_graft.products import Group
 from vllm_graft.serve import _vllm_cpu, _vllm_mla_cuda
 from vllm_graft.serve._vllm import EXACT_OPTION
+from vllm_graft.serve.heads import PackedHeads, packed_heads
 from vllm_graft.serve.scratch import LATENT_RANK, LATENT_ROPE, LatentBatch
 
 
@@ -32,12 +34,31 @@ class LiveKvB:
 
     def __init__(self, block: TrainableMLA) -> None:
         self._block = block
+        self._packed: PackedHeads | None = None
 
     @property
     def weight(self) -> torch.Tensor:
         """`[N * (C + V), R]`."""
         weight: torch.Tensor = self._block.wkv_b.weight
         return weight
+
+    @property
+    def heads(self) -> Heads:
+        """Its heads, by packed copies where there are."""
+        if self._packed is not None and self._packed.serves:
+            return self._packed
+        return PlainHeads(self.weight, self._num_heads(), self._block.config.qk_nope_head_dim)
+
+    def _num_heads(self) -> int:
+        c = self._block.config
+        return self.weight.shape[0] // (c.qk_nope_head_dim + c.v_head_dim)
+
+    def pack(self) -> Group | None:
+        """Serve by packed heads from now on; None where their products have other bits."""
+        self._packed = packed_heads(
+            self._block.wkv_b, self._num_heads(), self._block.config.qk_nope_head_dim
+        )
+        return self._packed
 
     def __call__(self, kv_c_TR: torch.Tensor) -> tuple[torch.Tensor, None]:
         """Keys without RoPE and values of every head, `[T, N * (C + V)]`."""
@@ -206,7 +227,7 @@ def _exact_layer() -> Any:
             tokens, rope = len(attn_metadata.sequence), self.qk_rope_head_dim
             result = absorbed(
                 q[:tokens],
-                self.kv_b_proj.weight,
+                self.kv_b_proj.heads,
                 rope,
                 lambda query: _vllm_cpu.latent_attention(
                     query, kv_cache, attn_metadata, self.scale, rope

@@ -137,12 +137,12 @@ def exact_layer(stock: Any) -> Any:
             rank, rope = k_c_normed.shape[-1], k_pe.shape[-1]
             if attn_metadata is None:
                 # vLLM measures memory: take as much as a batch does.
-                absorbed(q, self.kv_b_proj.weight, rope, lambda query: query[..., :rank].clone())
+                absorbed(q, self.kv_b_proj.heads, rope, lambda query: query[..., :rank].clone())
                 return output.fill_(0)
             tokens, layout = attn_metadata.num_actual_tokens, attn_metadata.layout
             result = absorbed(
                 q[:tokens],
-                self.kv_b_proj.weight,
+                self.kv_b_proj.heads,
                 rope,
                 lambda query: _vllm_cuda.latent_attention(
                     query, kv_cache, layout, self.scale, rank

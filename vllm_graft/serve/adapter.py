@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
@@ -19,9 +20,11 @@ from vllm_graft.families.handwritten import PlainForCausalLM
 from vllm_graft.kernels import packed_bf16
 from vllm_graft.parallel import ParallelContext
 from vllm_graft.precision import keep_table_precision, parameters_as
+from vllm_graft.products import Group
 from vllm_graft.serve import _vllm, _vllm_linear, _vllm_pp, _vllm_sampling
-from vllm_graft.serve.body import make_body
+from vllm_graft.serve.body import is_recorded, make_body
 from vllm_graft.serve.dry_run import DryRun
+from vllm_graft.serve.eager_kernels import NotRecordableError
 from vllm_graft.serve.eval_mode import EvalMode, evaluating
 from vllm_graft.serve.kv import bind, new_forward
 from vllm_graft.serve.linears import all_running, convert_linears, converted, layer_finder
@@ -32,6 +35,8 @@ from vllm_graft.serve.registry import factory_of
 from vllm_graft.serve.stages import Stage, check_stages
 from vllm_graft.weights.errors import WeightError
 from vllm_graft.weights.slots import on_meta
+
+logger = logging.getLogger("vllm_graft")
 
 _METHODS = ("get_input_embeddings", "forward", "compute_logits", "load_weights")
 
@@ -72,6 +77,7 @@ class GraftForCausalLM(nn.Module):
         self.kv_layers = nn.ModuleList([paged.layer for paged in self._paged])
         self._body = make_body(self.model, vllm_config)
         self._compiled = _vllm.runs_compiled(self._body)
+        self._to_record = self._compiled and is_recorded(self.model)
         self._max_model_len = vllm_config.model_config.max_model_len
         self._parallel_config = vllm_config.parallel_config
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
@@ -103,6 +109,8 @@ class GraftForCausalLM(nn.Module):
             new_forward(self._paged)
         self.packing.refresh()
         with self._evaluating(), products.serving():
+            if self._to_record:
+                self._record(input_ids.dtype)
             hidden = self._body(input_ids, positions, self._stage.received(intermediate_tensors))
         if self._compiled and not self._traced:
             self._traced = True
@@ -145,6 +153,17 @@ class GraftForCausalLM(nn.Module):
         """Eval mode for a forward; code that is compiled already was traced in it."""
         return nullcontext() if self._traced else evaluating(self._eval_mode.in_training())
 
+    def _record(self, ids: torch.dtype) -> None:
+        """Give the compiler a recording of the model; without one it runs eagerly."""
+        self._to_record = False
+        try:
+            self._body.record(ids)
+        except NotRecordableError as reason:
+            logger.warning("%s runs eagerly, since it makes no graph: %s", self.arch, reason)
+            _vllm.never_compile(self._body)
+            self._compiled = False
+        new_forward(self._paged)
+
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""
         compute: Any = self.model.compute_logits
@@ -180,11 +199,15 @@ class GraftForCausalLM(nn.Module):
         with evaluating(self._eval_mode.modules()):
             with products.watching() as calls, all_running(self.arch, self._linears):
                 dry_run.run()
-            self.packing.start(calls, dry_run.hidden)
+            self.packing.start(calls, dry_run.hidden, self._pack_attention)
         if self._linears:
             finder = layer_finder(self.arch, self, self._loading.mappings)
             self.hf_to_vllm_mapper = _vllm_linear.names_of_adapters(finder)
             self._loading.close()
+
+    def _pack_attention(self) -> list[Group]:
+        made = [paged.pack() for paged in self._paged]
+        return [group for group in made if group is not None]
 
     def _check_ranks(self) -> None:
         context = ParallelContext.from_config(self._parallel_config)
@@ -238,7 +261,7 @@ def build(arch: str, vllm_config: Any) -> nn.Module:
     convert_linears(arch, model, vllm_config)
     shard_attention(model, context.get_tensor_parallel_world_size())
     keep_table_precision(model, {})
-    _vllm.extend_compile_key(vllm_config, model_digest(arch, model))
+    _vllm.extend_compile_key(vllm_config, model=model_digest(arch, model))
     if _vllm.serves_exactly(vllm_config):
         make_exact(model)
         _vllm.emulate_eager_rounding(vllm_config)

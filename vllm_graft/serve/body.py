@@ -11,6 +11,7 @@ from torch import nn
 
 from vllm_graft.positions import TokenBatch, running
 from vllm_graft.serve import _vllm
+from vllm_graft.serve.recording import Recording, record
 
 
 class TokenBody(nn.Module):
@@ -25,6 +26,9 @@ class TokenBody(nn.Module):
         self._model = (model,)
         self.batched = False
         """Call the model with `[1, T]` instead of `[T]`; known after `find_layout`."""
+        self.recording: Recording | None = None
+        """What to run and compile in the model's place."""
+        self._vllm_config = vllm_config
 
     def forward(
         self,
@@ -33,16 +37,39 @@ class TokenBody(nn.Module):
         hidden_states: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Run the model with its positions in context."""
+        if self.recording is not None:
+            return self.recording(input_ids, positions)
         hidden = call(self._model[0], input_ids, positions, hidden_states, batched=self.batched)
         return hidden.flatten(0, 1) if hidden.dim() == 3 else hidden
+
+    def record(self, ids: torch.dtype) -> None:
+        """Run and compile a recording of the model, for token ids of this dtype, from now on.
+
+        Raises:
+            NotRecordableError: with the reason.
+        """
+        config = self._vllm_config
+        self.recording = record(
+            self._model[0],
+            self.forward,
+            ids,
+            most=config.scheduler_config.max_num_batched_tokens,
+            exact=_vllm.serves_exactly(config),
+        )
+        _vllm.extend_compile_key(config, recording=self.recording.digest)
 
 
 def make_body(model: nn.Module, vllm_config: Any) -> TokenBody:
     """The body of `model`, under vLLM's `support_torch_compile` if the model allows."""
-    wanted = bool(getattr(model, "supports_torch_compile", False))
+    wanted = bool(getattr(model, "supports_torch_compile", False)) or is_recorded(model)
     body_class: Any = _compiled_body() if wanted else TokenBody
     body: TokenBody = body_class(model=model, vllm_config=vllm_config)
     return body
+
+
+def is_recorded(model: nn.Module) -> bool:
+    """Whether the compiler gets a recording of `model`, whose Python it could not follow."""
+    return bool(getattr(model, "recorded", False))
 
 
 @functools.cache

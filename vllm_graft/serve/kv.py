@@ -10,7 +10,9 @@ from torch import nn
 
 from vllm_graft.attention.core import CoreAttention
 from vllm_graft.attention.mla import TrainableMLA
+from vllm_graft.exact import is_recorded
 from vllm_graft.order import ORDER
+from vllm_graft.products import Group
 from vllm_graft.serve import _vllm, _vllm_mla
 
 
@@ -49,10 +51,16 @@ class PagedAttention:
         self._count_call()
         if self.rehearsing:
             return q_TNH + (k_TKH + v_TKH).repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], 1)
+        if sinks_N is not None and is_recorded():
+            raise NotImplementedError(f"{self.name}: sinks, which a layer holds, in a recording")
         if sinks_N is not None:
             _vllm.set_sinks(self.layer, sinks_N)
         out: torch.Tensor = self.layer(*map(_rows, (q_TNH, k_TKH, v_TKH)))
         return out.view(q_TNH.shape)
+
+    def pack(self) -> Group | None:
+        """Multiply inside attention by packed weights from now on; None where nothing is."""
+        return None
 
     def _count_call(self) -> None:
         if torch.compiler.is_compiling():
@@ -95,6 +103,12 @@ class PagedLatent(PagedAttention):
             output_shape=(shape[0], shape[1] * shape[2]),
         )
         return out.view(shape)
+
+    def pack(self) -> Group | None:
+        """Serve by packed heads of `wkv_b`; None where there are none."""
+        kv_b: Any = self.layer.kv_b_proj
+        packed: Group | None = kv_b.pack()
+        return packed
 
 
 def new_forward(layers: list[PagedAttention]) -> None:

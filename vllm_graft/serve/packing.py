@@ -47,12 +47,18 @@ class Packing:
         self.watches = True
         """Whether to look for changed weights before each forward; off where another does."""
 
-    def start(self, calls: list[Call], forward: Callable[[], torch.Tensor]) -> None:
+    def start(
+        self,
+        calls: list[Call],
+        forward: Callable[[], torch.Tensor],
+        inside: Callable[[], list[Group]],
+    ) -> None:
         """Pack and join what ran, unless `forward` then gives something else.
 
         Args:
             calls: the products of a forward.
             forward: hidden states of a few tokens.
+            inside: gives packed products inside attention, which `forward` leaves out.
         """
         if not self._join:
             return
@@ -62,6 +68,8 @@ class Packing:
         linear = exact.linear if self._same else F.linear
         shared = _shared(self._model)
         self._packed += join_products(calls, linear, kept_apart=shared, same=self._same)
+        if self._packer is not None and self._same:
+            self._packed += inside()
         self.ready()
         if self._packer is not None:
             self._packer.settle(copies)

@@ -1,0 +1,60 @@
+"""The zoo under vLLM's compiler: one graph, and the bits of the training forward."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from torch._dynamo.utils import counters
+
+import vllm_graft
+from tests.support import adapter, engine, generate, live_module, prompts
+from tests.zoo import test_flex as flex
+from tests.zoo import test_handwritten as written
+from tests.zoo.certificates import SUBJECTS
+from tests.zoo.test_transformers import ZOO, _gap
+
+pytestmark = pytest.mark.engine
+
+STYLES = {style.__name__: style for style in (*written.STYLES, *flex.STYLES)}
+EAGER = {
+    "gpt_oss": "sinks",
+    "mpt": "asks for",
+    "Alibi": "fixes the number of tokens",
+    "Flex": "asks for",
+}
+"""Which make no graph, and what the log says of it."""
+FAST = ("qwen3", "Softmax", "Alibi")
+
+
+def names():
+    return [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in (*ZOO, *STYLES)]
+
+
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
+@pytest.mark.parametrize("name", names())
+def test_compiled_as_one_graph_with_the_bits_of_training(
+    name, dtype, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path / "cache"))
+    if name == "deepseek_v3":
+        monkeypatch.setenv("VLLM_MLA_DISABLE", "1")
+    SUBJECTS[name].make(tmp_path)
+    style = STYLES.get(name)
+    any_transformers = "transformers:AutoModelForCausalLM.from_config"
+    vllm_graft.register("Compiled", any_transformers if style is None else lambda _: style())
+    counters.clear()
+    with (
+        caplog.at_level(logging.WARNING, logger="vllm_graft"),
+        engine(tmp_path, "Compiled", dtype=dtype, enforce_eager=False) as llm,
+    ):
+        tokens = prompts((1, 5, 40, 130))
+        graphs = counters["stats"]["unique_graphs"]
+        completions = generate(llm, tokens, max_tokens=8)
+        assert adapter(llm)._compiled == (name not in EAGER)
+        assert not counters["graph_break"]
+        assert graphs == (0 if name in EAGER else 1)
+        assert _gap(live_module(llm), tokens, completions) == 0
+    said = [r.getMessage() for r in caplog.records if "runs eagerly" in r.getMessage()]
+    assert len(said) == (name in EAGER)
+    assert all(EAGER[name] in text for text in said)

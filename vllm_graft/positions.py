@@ -112,7 +112,7 @@ def check_cu_seqlens(cu_seqlens: torch.Tensor | Sequence[int], num_tokens: int) 
     Raises:
         ValueError: not one-dimensional, not rising from 0, or not ending at `num_tokens`.
     """
-    borders = torch.as_tensor(cu_seqlens, dtype=torch.int32).cpu()
+    borders = torch.as_tensor(cu_seqlens, dtype=torch.int32, device="cpu")
     valid = (
         borders.dim() == 1
         and borders.numel() >= 2
@@ -132,7 +132,7 @@ def positions_of(cu_seqlens: torch.Tensor) -> torch.Tensor:
     """Positions `[T]` int64 that restart at 0 in every packed sample."""
     lengths = (cu_seqlens[1:] - cu_seqlens[:-1]).long()
     starts = torch.repeat_interleave(cu_seqlens[:-1].long(), lengths)
-    return torch.arange(int(cu_seqlens[-1])) - starts
+    return torch.arange(len(starts), device=starts.device) - starts
 
 
 @contextmanager

@@ -65,3 +65,10 @@ def test_whole_table_sees_through_prefix_slices_only():
     assert whole_table(table[:3].clone()).shape == (3, 4)
     with torch.inference_mode():
         assert whole_table(table[:3]) is table
+
+
+def test_positions_are_on_the_host_where_another_device_is_the_default():
+    with torch.device("meta"), packed([0, 2, 5]) as batch:
+        assert batch.positions.device.type == "cpu"
+        assert batch.positions.tolist() == [0, 1, 0, 1, 2]
+        assert batch.cu_seqlens.device.type == "cpu"

@@ -62,7 +62,8 @@ def _not_finite(model: nn.Module) -> str:
 @torch.no_grad()
 def packed_logits(adapted: Any, samples: Sequence[torch.Tensor]) -> torch.Tensor:
     """Logits `[T, V]` of samples in one row."""
-    borders = torch.tensor([0, *(len(sample) for sample in samples)]).cumsum(0)
+    lengths = [len(sample) for sample in samples]
+    borders = torch.tensor([0, *lengths], device="cpu").cumsum(0)
     with packed(borders):
         logits: torch.Tensor = adapted.compute_logits(adapted(torch.cat(list(samples))))
     return logits

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from vllm_graft.attention.kernels import AttentionSpec
+from vllm_graft.kernels import latent_bf16
 from vllm_graft.serve.scratch import (
     LATENT_RANK,
     LATENT_ROPE,
@@ -281,9 +282,9 @@ def latent_attention(
 ) -> torch.Tensor:
     """Attention in the latent space: one arithmetic for prefill, decode and training.
 
-    vLLM calls this kernel for decode, one query per sequence. Here every token
-    is an entry of its own that sees as many keys as stand before it, so a
-    token's result does not depend on how its sequence came into the cache.
+    Every token is an entry of its own that sees as many keys as stand before it, so a
+    token's result does not depend on how its sequence came into the cache. By Graft's kernel
+    where there is one, else by the one that vLLM calls for decode.
 
     Args:
         q_TNC: `[T, N, R + P]` absorbed queries.
@@ -295,10 +296,11 @@ def latent_attention(
     Returns:
         `[T, N, R]` weighted latent vectors in `q_TNC`'s dtype.
     """
+    rank, table = q_TNC.shape[-1] - qk_rope_head_dim, batch.block_table
+    if latent_bf16.takes(q_TNC, rank):
+        return latent_bf16.attend(q_TNC, cache, table, batch.sequence, batch.lengths, rank, scale)
     from vllm import _custom_ops as ops
 
-    rank = q_TNC.shape[-1] - qk_rope_head_dim
-    table = batch.block_table
     if (rank, qk_rope_head_dim) != (LATENT_RANK, LATENT_ROPE):
         cache, table = pad_latent(cache[table.flatten().long()], rank), _own_blocks(table)
         q_TNC = pad_latent(q_TNC, rank)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ from torch import nn
 from vllm_graft.positions import TokenBatch, running
 from vllm_graft.serve import _vllm
 from vllm_graft.serve.recording import Recording, record
+
+logger = logging.getLogger("vllm_graft")
 
 
 class TokenBody(nn.Module):
@@ -56,6 +59,7 @@ class TokenBody(nn.Module):
             most=config.scheduler_config.max_num_batched_tokens,
             exact=_vllm.serves_exactly(config),
         )
+        logger.debug("what is compiled:\n%s", self.recording.source)
         _vllm.extend_compile_key(config, recording=self.recording.digest)
 
 

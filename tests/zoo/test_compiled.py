@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
 
 import pytest
 from torch._dynamo.utils import counters
 
 import vllm_graft
-from tests.support import adapter, engine, generate, live_module, prompts
+from tests.support import ROOT, adapter, engine, generate, live_module, prompts
 from tests.zoo import test_flex as flex
 from tests.zoo import test_handwritten as written
 from tests.zoo.certificates import SUBJECTS
@@ -58,3 +61,23 @@ def test_compiled_as_one_graph_with_the_bits_of_training(
     said = [r.getMessage() for r in caplog.records if "runs eagerly" in r.getMessage()]
     assert len(said) == (name in EAGER)
     assert all(EAGER[name] in text for text in said)
+
+
+@pytest.mark.slow
+def test_the_compile_key_is_the_same_in_every_process():
+    code = """
+import vllm_graft
+from tests.zoo.test_transformers import original
+from vllm_graft.serve.adapter import model_digest
+model = vllm_graft.adapt(original("gpt2"))
+print(model_digest("Any", model))
+"""
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT, check=True, capture_output=True, text=True,
+        ).stdout.split()[-1]
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(keys) == 1

@@ -311,7 +311,9 @@ def model_digest(arch: str, model: nn.Module) -> str:
     """A digest of what the compiled code of `model` depends on, values of weights aside."""
     own_products = _vllm.platform_device() == "cpu" and packed_bf16.available()
     digest = hashlib.sha256(f"{arch}|{tiles.circumstances()}|{own_products}".encode())
-    for name, module in model.named_modules():
+    # A recording is code with its constants, and has a digest of its own.
+    modules = [] if is_recorded(model) else model.named_modules()
+    for name, module in modules:
         plain = {k: v for k, v in vars(module).items() if k not in _TORCH_STATE}
         digest.update(f"{name}|{type(module).__qualname__}|{_constants(plain, 3)}".encode())
     for name, tensor in model.state_dict(keep_vars=True).items():

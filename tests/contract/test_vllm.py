@@ -107,7 +107,7 @@ def test_additional_config_is_still_part_of_the_compile_key():
 
     config = VllmConfig(additional_config={})
     before = config.compute_hash()
-    _vllm.extend_compile_key(config, "digest")
+    _vllm.extend_compile_key(config, model="digest")
     assert config.compute_hash() != before
 
 
@@ -510,3 +510,12 @@ def test_cpu_ranks_have_mapped_their_memory_when_its_names_are_removed():
     mapping = inspect.getsource(Shared._init_cpu_shm)
     assert mapping.index("init_shm_manager") < mapping.index("join_shm_manager")
     assert "barrier" in mapping[mapping.index("join_shm_manager") :]
+
+
+def test_a_body_that_must_not_compile_is_asked_at_every_call():
+    """`_vllm.never_compile` sets `do_not_compile` after the engine has built the body."""
+    from vllm.compilation import decorators
+
+    source = inspect.getsource(decorators)
+    call = source[source.index("def __call__(self") :]
+    assert call.index("self.do_not_compile") < call.index("aot_compiled_fn")

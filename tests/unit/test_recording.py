@@ -53,6 +53,22 @@ def test_weights_are_those_that_the_model_has_now():
     assert torch.equal(recording(*sample(5)), model(*sample(5)))
 
 
+@torch.no_grad()
+def test_a_table_in_a_plain_attribute_is_the_one_that_the_model_has_now():
+    class Tabled(Model):
+        def __init__(self):
+            super().__init__()
+            self.rows = torch.rand(64, D)
+
+        def own(self, x):
+            return x + self.rows[0]
+
+    model = Tabled()
+    recording = recorded(model)
+    model.rows = model.rows + 1
+    assert torch.equal(recording(*sample(5)), model(*sample(5)))
+
+
 def test_sums_stay_eager_and_the_rest_is_the_compilers():
     exact, fast = recorded(Model()).source, recorded(Model(), exact=False).source
     assert "vllm_graft.eager_aten_mean_dim" in exact

@@ -333,7 +333,10 @@ def runs_compiled(body: Any) -> bool:
 
 
 def never_compile(body: Any) -> None:
-    """Let a body under `support_torch_compile` run as it is from now on."""
+    """Let a body under `support_torch_compile` run as it is from now on.
+
+    Relies on `do_not_compile` being asked at every call, up to 0.32.
+    """
     body.do_not_compile = True
 
 

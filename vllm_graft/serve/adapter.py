@@ -78,6 +78,9 @@ class GraftForCausalLM(nn.Module):
         self._body = make_body(self.model, vllm_config)
         self._compiled = _vllm.runs_compiled(self._body)
         self._to_record = self._compiled and is_recorded(self.model)
+        if self._to_record and self._linears:
+            # Adapters change from step to step what such layers do in Python.
+            self._run_eagerly("quantization and LoRA make layers of vLLM's")
         self._max_model_len = vllm_config.model_config.max_model_len
         self._parallel_config = vllm_config.parallel_config
         self._dummy_weights = vllm_config.load_config.load_format == "dummy"
@@ -159,10 +162,13 @@ class GraftForCausalLM(nn.Module):
         try:
             self._body.record(ids)
         except NotRecordableError as reason:
-            logger.warning("%s runs eagerly, since it makes no graph: %s", self.arch, reason)
-            _vllm.never_compile(self._body)
-            self._compiled = False
+            self._run_eagerly(f"it makes no graph: {reason}")
         new_forward(self._paged)
+
+    def _run_eagerly(self, reason: str) -> None:
+        logger.warning("%s runs eagerly: %s", self.arch, reason)
+        _vllm.never_compile(self._body)
+        self._compiled = self._to_record = False
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[T, V]` for hidden states `[T, D]`."""

@@ -190,9 +190,19 @@ def _telling(assumed: Any, most: int) -> list[int]:
 
 
 def _find_weights(graph: fx.GraphModule, model: nn.Module) -> None:
-    """Name weights as the model does: `model.layers.0.norm.weight`."""
-    names = {id(tensor_in(slot)): name for name, slot in reversed(slots(model).items())}
+    """Name what the model holds as the model does: `model.layers.0.norm.weight`."""
+    names = {id(tensor): name for name, tensor in _held(model)}
     for node in graph.graph.find_nodes(op="get_attr"):
         name = names.get(id(getattr(graph, node.target)))
         if name is not None:
             node.target = f"model.{name}"
+
+
+def _held(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tables that modules keep as plain attributes, then buffers and parameters."""
+    for prefix, module in model.named_modules():
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{prefix}.{attribute}" if prefix else attribute, value
+    for name, slot in reversed(slots(model).items()):
+        yield name, tensor_in(slot)

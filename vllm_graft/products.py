@@ -146,7 +146,7 @@ def packed_experts(
         `[R, M]` for each of `names`.
     """
     if _State.calls is not None:
-        _State.calls.extend(Call(_stack(module, name), x, False) for name in names)
+        _State.calls.extend(Call(stack_of(module, name), x, False) for name in names)
     stacks: dict[str, Stack] = getattr(module, _STACKS, {})
     place = _serving_place(stacks.get(names[0]))
     return None if place is None else place.packed.multiply(x, counts)
@@ -161,7 +161,7 @@ def _serving_place(layer: Any) -> _Place | None:
     return None
 
 
-def _stack(module: nn.Module, name: str) -> Stack:
+def stack_of(module: nn.Module, name: str) -> Stack:
     """The one of this parameter: it keeps the place of its packed copy."""
     stacks: dict[str, Stack] = vars(module).setdefault(_STACKS, {})
     return stacks.setdefault(name, Stack(module, name))

@@ -7,7 +7,9 @@ import torch
 from torch import nn
 
 from vllm_graft.attention.latent import PlainHeads
+from vllm_graft.attention.mla import MLAConfig, TrainableMLA
 from vllm_graft.kernels import packed_bf16
+from vllm_graft.products import restore_weights
 from vllm_graft.serve.heads import packed_heads
 
 N, C, V, R = 4, 128, 96, 512
@@ -53,17 +55,37 @@ def test_a_changed_weight_is_packed_anew(wkv_b):
 def test_an_unchanged_weight_is_not(wkv_b):
     packed = packed_heads(wkv_b, N, C)
     packed.pack()
-    before = packed._copies
+    before = packed._copy
     packed.refresh()
-    assert packed._copies is before
+    assert packed._copy is before
 
 
-def test_the_weight_keeps_its_values_where_others_are_released(wkv_b):
+@torch.no_grad()
+def test_a_released_weight_comes_back_as_it_was(wkv_b):
     packed = packed_heads(wkv_b, N, C)
-    before = wkv_b.weight.detach().clone()
+    before = wkv_b.weight.clone()
     packed.pack()
     packed.release()
+    assert wkv_b.weight.isnan().all()
+    assert wkv_b.weight.untyped_storage().nbytes() < 100
+    q = torch.randn(3, N, C).bfloat16()
+    assert torch.equal(packed.absorb(q), PlainHeads(before, N, C).absorb(q))
+    restore_weights(wkv_b)
     assert torch.equal(wkv_b.weight, before)
+
+
+def test_a_training_forward_reads_no_released_weight():
+    torch.manual_seed(0)
+    config = MLAConfig(
+        64, N, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=8, v_head_dim=16
+    )
+    block = TrainableMLA(config).bfloat16()
+    x, table = torch.randn(5, 64).bfloat16(), torch.zeros(64, 4, dtype=torch.complex64)
+    want = block(x, table)
+    packed = packed_heads(block.wkv_b, N, 16)
+    packed.pack()
+    packed.release()
+    assert torch.equal(block(x, table), want)
 
 
 def test_after_unpack_the_weight_serves(wkv_b):

@@ -18,6 +18,7 @@ from vllm_graft.attention.flash import token_positions
 from vllm_graft.attention.kernels import AttentionSpec, sample_borders
 from vllm_graft.attention.latent import attend_latent
 from vllm_graft.positions import current_batch
+from vllm_graft.products import restore_weights
 from vllm_graft.rope import apply_rope, remembered_table
 
 Rotate = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -183,6 +184,7 @@ class TrainableMLA(nn.Module):
             )
         borders = sample_borders(self, lead, cu_seqlens)
         dropout = self.config.dropout if self.training else 0.0
+        restore_weights(self.wkv_b)  # read here without a call of the layer
         weight = self.wkv_b.weight
         return attend_latent(q_TNH, kv_c_TR, k_pe_TP, weight, borders, self.spec, dropout)
 

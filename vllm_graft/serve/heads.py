@@ -11,44 +11,68 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 
 from vllm_graft.attention.latent import split_kv_b
 from vllm_graft.exact import heads_product
 from vllm_graft.kernels import packed_bf16
-from vllm_graft.products import Call, Group, Stack
+from vllm_graft.products import Call, Packed, stack_of
 from vllm_graft.tiles import cancelling
 
 
-class PackedHeads(Group):
-    """Packed heads of one `wkv_b`, whose weight keeps its memory.
+@dataclass(frozen=True)
+class Copies:
+    """Packed halves of one `wkv_b`."""
 
-    Args:
-        wkv_b: has the weight `[N * (C + V), R]`.
-        num_heads: N.
-        nope_dim: C.
-        chunks: inputs that are added up at a time, for keys and for values.
-    """
+    keys: packed_bf16.Packed
+    """`[R, C]` of each head."""
+    values: packed_bf16.Packed
+    """`[V, R]` of each head."""
 
-    def __init__(self, wkv_b: Any, num_heads: int, nope_dim: int, chunks: Sequence[int]) -> None:
-        super().__init__([Call(Stack(wkv_b, "weight"), torch.empty(0), with_bias=False)])
-        self._sizes = num_heads, nope_dim
-        self._chunks = chunks
-        self._copies: list[packed_bf16.Packed] = []
-        rank = wkv_b.weight.shape[1]
-        self._widths = rank, wkv_b.weight.shape[0] // num_heads - nope_dim
-        self.serves = True
-        """Until `unpack`."""
+    @property
+    def handle(self) -> torch.Tensor:
+        """See `products.Copy`."""
+        return self.keys.handle
 
-    def pack(self) -> None:
-        """Take the weight as it is now."""
-        self._weights = [member.weight for member in self._members]
-        with torch.inference_mode(False), torch.no_grad():
-            keys, values = split_kv_b(self._weights[0].detach(), *self._sizes)
-            self._copies = [packed_bf16.pack(list(w)) for w in (keys.transpose(1, 2), values)]
-        self._seen = self._look()
+
+@dataclass(frozen=True)
+class HeadsKernel:
+    """Packs weights `[N * (C + V), R]` head by head."""
+
+    num_heads: int
+    nope_dim: int
+    """C"""
+    chunks: tuple[int, int]
+    """Inputs that are added up at a time, for keys and for values."""
+
+    def pack(self, weights: Sequence[torch.Tensor]) -> Copies:
+        """See `products.Kernel`."""
+        keys, values = split_kv_b(weights[0], self.num_heads, self.nope_dim)
+        return Copies(packed_bf16.pack(list(keys.mT)), packed_bf16.pack(list(values)))
+
+    def unpack(self, copy: Any, like: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """See `products.Kernel`."""
+        rows, rank = like[0].shape
+        width = rows // self.num_heads - self.nope_dim
+        keys = packed_bf16.unpack(copy.keys, [rank] * self.num_heads)
+        values = packed_bf16.unpack(copy.values, [width] * self.num_heads)
+        halves = zip(keys, values, strict=True)
+        return [torch.cat([half for key, value in halves for half in (key.t(), value)])]
+
+    def multiply(self, *_: Any) -> Sequence[torch.Tensor]:
+        """There is no product by the whole weight."""
+        raise NotImplementedError
+
+
+class PackedHeads(Packed):
+    """Packed heads of one `wkv_b`: `attention.latent.Heads`."""
+
+    kernel: HeadsKernel
+    serves = True
+    """Until `unpack`."""
 
     def unpack(self) -> None:
         """Let the weight itself serve again."""
@@ -57,15 +81,14 @@ class PackedHeads(Group):
 
     def absorb(self, q_nope_TNC: torch.Tensor) -> torch.Tensor:
         """See `attention.latent.Heads`."""
-        return self._multiply(0, q_nope_TNC)
+        copies, rank = cast(Copies, self._copy), self._weights[0].shape[1]
+        return _by_head(q_nope_TNC, copies.keys, rank, self.kernel.chunks[0])
 
     def expand(self, latent_TNR: torch.Tensor) -> torch.Tensor:
         """See `attention.latent.Heads`."""
-        return self._multiply(1, latent_TNR)
-
-    def _multiply(self, half: int, x_TNK: torch.Tensor) -> torch.Tensor:
-        handle, outputs = self._copies[half].handle, self._widths[half]
-        return _by_head(x_TNK, handle, outputs, self._chunks[half])
+        copies, kernel = cast(Copies, self._copy), self.kernel
+        width = self._weights[0].shape[0] // kernel.num_heads - kernel.nope_dim
+        return _by_head(latent_TNR, copies.values, width, kernel.chunks[1])
 
 
 def packed_heads(wkv_b: Any, num_heads: int, nope_dim: int) -> PackedHeads | None:
@@ -79,14 +102,17 @@ def packed_heads(wkv_b: Any, num_heads: int, nope_dim: int) -> PackedHeads | Non
     values = chunk_as_heads(num_heads, rank, value_dim)
     if keys is None or values is None:
         return None
-    return PackedHeads(wkv_b, num_heads, nope_dim, (keys, values))
+    call = Call(stack_of(wkv_b, "weight"), torch.empty(0), with_bias=False)
+    return PackedHeads([call], HeadsKernel(num_heads, nope_dim, (keys, values)))
 
 
-def _by_head(x_TNK: torch.Tensor, handle: torch.Tensor, outputs: int, chunk: int) -> torch.Tensor:
+def _by_head(
+    x_TNK: torch.Tensor, packed: packed_bf16.Packed, outputs: int, chunk: int
+) -> torch.Tensor:
     tokens, heads, inputs = x_TNK.shape
     rows = x_TNK.transpose(0, 1).reshape(heads * tokens, inputs)
     counts = torch.full((heads,), tokens)
-    [out] = packed_bf16.multiply_experts(rows, counts, handle, [outputs], chunk)
+    [out] = packed_bf16.multiply_experts(rows, counts, packed.handle, [outputs], chunk)
     return out.view(heads, tokens, outputs).transpose(0, 1)
 
 
@@ -104,6 +130,6 @@ def chunk_as_heads(heads: int, inputs: int, outputs: int) -> int | None:
         packed = packed_bf16.pack(list(weight_NMK))
 
         def has_the_bits(chunk: int) -> bool:
-            return torch.equal(_by_head(x_TNK, packed.handle, outputs, chunk), want)
+            return torch.equal(_by_head(x_TNK, packed, outputs, chunk), want)
 
         return next(filter(has_the_bits, (1024, 512, inputs)), None)

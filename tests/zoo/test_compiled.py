@@ -41,7 +41,7 @@ def cases():
             yield pytest.param(name, dtype, marks=() if fast else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("name", "dtype"), cases())
+@pytest.mark.parametrize(("name", "dtype"), list(cases()))
 def test_compiled_as_one_graph_with_the_bits_of_training(
     name, dtype, tmp_path, monkeypatch, caplog
 ):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_graft.products import ATTRIBUTE, Call, Group, siblings
+from vllm_graft.products import ATTRIBUTE, Call, Group, is_plain, siblings
 from vllm_graft.tiles import cancelling
 
 Linear = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
@@ -112,8 +112,7 @@ def join_products(
 
 def _plain(weight: torch.Tensor) -> bool:
     """Whether this is a matrix of a whole parameter, no shard that knows of a mesh."""
-    plain = isinstance(weight, nn.Parameter) and type(weight.data) is torch.Tensor
-    return plain and weight.dim() == 2 and weight.is_contiguous()
+    return is_plain(weight) and weight.dim() == 2 and weight.is_contiguous()
 
 
 def _fit(members: Sequence[Any], with_bias: bool) -> bool:

@@ -367,6 +367,11 @@ def _packed(group: list[Call], packer: Packer) -> list[Packed]:
     return [Packed([call], kernel) for call, kernel in alone if kernel is not None]
 
 
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether this is a whole parameter, no shard that knows of a mesh."""
+    return isinstance(weight, nn.Parameter) and type(weight.data) is torch.Tensor
+
+
 def restore_weights(model: nn.Module) -> None:
     """Give the parameters of `model` their values where a serving process had released them."""
     for module in model.modules():

@@ -148,7 +148,7 @@ class PlainForCausalLM(VLLMModelForCausalLM):
         def attend(call: AttentionCall) -> torch.Tensor:
             k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
             seen.append((call.q, call.q @ k.transpose(-2, -1)))
-            return call.v.new_zeros(call.q.shape)
+            return _zeros(call)
 
         tokens = _tokens(self.model, LENGTHS[0])
         self._watched(tokens, _count(tokens) + first, attend)
@@ -203,7 +203,7 @@ def find_sites(model: nn.Module, length: int = LENGTHS[0]) -> list[Site]:
         if any(other.name == site.name for other in sites):
             raise ValueError(f"{site.name}: attention runs twice in one forward")
         sites.append(site)
-        return call.v.new_zeros(call.q.shape)
+        return _zeros(call)
 
     tokens = _tokens(model, length)
     try:
@@ -230,7 +230,7 @@ def _find_lines(model: nn.Module) -> tuple[set[Line], set[Line]]:
     placed, written = [], []
     for length in LENGTHS:
         tokens = _tokens(model, length)
-        calls = Calls(tokens.shape, lambda call: call.v.new_zeros(call.q.shape))
+        calls = Calls(tokens.shape, _zeros)
         with calls:
             run_original(model, tokens, _count(tokens))
         placed.append(calls.follows - calls.others)
@@ -254,6 +254,11 @@ def logits_of(output: Any) -> torch.Tensor:
     first = output[0] if isinstance(output, tuple) else output
     logits: torch.Tensor = first if isinstance(first, torch.Tensor) else first.logits
     return logits
+
+
+def _zeros(call: AttentionCall) -> torch.Tensor:
+    """In attention's place, where its numbers are not wanted; its dtype is that of the values."""
+    return call.v.new_zeros(call.q.shape)
 
 
 def _tokens(model: nn.Module, length: int) -> torch.Tensor:

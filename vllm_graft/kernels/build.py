@@ -18,6 +18,8 @@ import torch
 
 logger = logging.getLogger("vllm_graft")
 
+AVX512_BF16 = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")
+"""Flags for processors that have it."""
 _FLAGS = ("-O3", "-std=c++20", "-fPIC", "-shared", "-Wl,-z,now")
 
 

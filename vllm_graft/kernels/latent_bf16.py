@@ -13,16 +13,14 @@ from pathlib import Path
 
 import torch
 
-from vllm_graft.kernels.build import load_operators
-
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")
+from vllm_graft.kernels.build import AVX512_BF16, load_operators
 
 
 @functools.cache
 def available() -> bool:
     """Whether this machine attends so, and the operator could be built."""
     fits = torch.cpu._is_avx512_bf16_supported()
-    return fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=_FLAGS)
+    return fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=AVX512_BF16)
 
 
 def takes(q_TNW: torch.Tensor, rank: int) -> bool:

@@ -10,7 +10,7 @@ Legend: R rows, K inputs, M outputs of one of several weights.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,11 +18,10 @@ import torch
 import torch.nn.functional as F
 
 from vllm_graft.exact import fake_op
-from vllm_graft.kernels.build import load_operators
+from vllm_graft.kernels.build import AVX512_BF16, load_operators
 
 PANEL = 32
 """Outputs that lie together, as in `packed_bf16.cpp`."""
-_FLAGS = ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16")
 
 
 @functools.cache
@@ -30,7 +29,7 @@ def available() -> bool:
     """Whether this machine multiplies so, and the operator could be built."""
     # With AMX oneDNN multiplies many rows several times as fast.
     fits = torch.cpu._is_avx512_bf16_supported() and not torch.cpu._is_amx_tile_supported()
-    if not (fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=_FLAGS)):
+    if not (fits and load_operators(Path(__file__).with_suffix(".cpp"), flags=AVX512_BF16)):
         return False
     fake_op("packed_bf16", _fake)
     fake_op("packed_bf16_experts", _fake)
@@ -77,6 +76,17 @@ def unpack(packed: Packed, outputs: Sequence[int]) -> list[torch.Tensor]:
     parts = packed.pairs.split([-(-count // PANEL) for count in outputs])
     full = [part.mT.contiguous().flatten(0, 1).view(torch.bfloat16) for part in parts]
     return [weight[:count].clone() for weight, count in zip(full, outputs, strict=True)]
+
+
+def find_chunk(inputs: int, has_the_bits: Callable[[int], bool]) -> int | None:
+    """The chunk by which products have the bits of oneDNN's, None if by none.
+
+    Args:
+        inputs: of the weight.
+        has_the_bits: tries one.
+    """
+    # oneDNN's block is 1,024 inputs, or half of it for some sizes.
+    return next(filter(has_the_bits, (1024, 512, inputs)), None)
 
 
 def multiply(

@@ -47,16 +47,18 @@ class LiveKvB:
         """Its heads, by packed copies where there are."""
         if self._packed is not None and self._packed.serves:
             return self._packed
-        return PlainHeads(self.weight, self._num_heads(), self._block.config.qk_nope_head_dim)
+        return PlainHeads(self.weight, self.num_heads, self._block.config.qk_nope_head_dim)
 
-    def _num_heads(self) -> int:
+    @property
+    def num_heads(self) -> int:
+        """N."""
         c = self._block.config
         return self.weight.shape[0] // (c.qk_nope_head_dim + c.v_head_dim)
 
     def pack(self) -> Group | None:
         """Serve by packed heads from now on; None where their products have other bits."""
         self._packed = packed_heads(
-            self._block.wkv_b, self._num_heads(), self._block.config.qk_nope_head_dim
+            self._block.wkv_b, self.num_heads, self._block.config.qk_nope_head_dim
         )
         return self._packed
 
@@ -82,15 +84,15 @@ def paged_latent_layer(
     Raises:
         ValueError: sizes or settings that the kernel cannot take.
     """
-    c = block.config
+    c, kv_b = block.config, LiveKvB(block)
     kind, own = _kind(block, vllm_config, exact)
     layer: nn.Module = kind(
-        num_heads=block.wkv_b.weight.shape[0] // (c.qk_nope_head_dim + c.v_head_dim),
+        num_heads=kv_b.num_heads,
         scale=block.spec.scale,
         qk_nope_head_dim=c.qk_nope_head_dim,
         v_head_dim=c.v_head_dim,
         q_lora_rank=c.q_lora_rank or None,
-        kv_b_proj=LiveKvB(block),
+        kv_b_proj=kv_b,
         cache_config=vllm_config.cache_config,
         quant_config=vllm_config.quant_config,
         prefix=prefix,

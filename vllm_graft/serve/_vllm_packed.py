@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from vllm_graft.exact import compiled_serving, define_op
 from vllm_graft.kernels import packed_bf16
-from vllm_graft.products import Kernel, Packed
+from vllm_graft.products import Kernel, Packed, is_plain
 from vllm_graft.tiles import Product, Rows, fill_by_rows, linear_rows, same_order, telling
 
 
@@ -63,8 +63,7 @@ class CpuPacker:
         return self._one_dnn if same else None
 
     def _may_pack(self, weight: torch.Tensor) -> bool:
-        plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
-        fits = plain and weight.dim() in (2, 3) and weight.dtype in self._dtypes
+        fits = is_plain(weight) and weight.dim() in (2, 3) and weight.dtype in self._dtypes
         return fits and weight.device.type == "cpu"
 
     def settle(self, copies: Sequence[Packed]) -> None:
@@ -281,8 +280,7 @@ def chunk_as_linear(parts: tuple[int, ...], inputs: int) -> int | None:
             got = packed_bf16.multiply(x, None, packed.handle, parts, chunk)
             return all(map(torch.equal, got, want))
 
-        # oneDNN's block is 1,024 inputs, or half of it for some sizes.
-        return next(filter(has_the_bits, (1024, 512, inputs)), None)
+        return packed_bf16.find_chunk(inputs, has_the_bits)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import torch
 from vllm_graft.attention.latent import split_kv_b
 from vllm_graft.exact import heads_product
 from vllm_graft.kernels import packed_bf16
-from vllm_graft.products import Call, Packed, stack_of
+from vllm_graft.products import Call, Packed, is_plain, stack_of
 from vllm_graft.tiles import cancelling
 
 
@@ -94,8 +94,8 @@ class PackedHeads(Packed):
 def packed_heads(wkv_b: Any, num_heads: int, nope_dim: int) -> PackedHeads | None:
     """Packed heads with the bits of `exact.heads_product`, None where there are none."""
     weight = wkv_b.weight
-    plain = isinstance(weight, torch.nn.Parameter) and type(weight.data) is torch.Tensor
-    if not plain or weight.device.type != "cpu" or nope_dim % 2 or not packed_bf16.takes(weight):
+    on_cpu = is_plain(weight) and weight.device.type == "cpu"
+    if not on_cpu or nope_dim % 2 or not packed_bf16.takes(weight):
         return None
     rank, value_dim = weight.shape[1], weight.shape[0] // num_heads - nope_dim
     keys = chunk_as_heads(num_heads, nope_dim, rank)
@@ -132,4 +132,4 @@ def chunk_as_heads(heads: int, inputs: int, outputs: int) -> int | None:
         def has_the_bits(chunk: int) -> bool:
             return torch.equal(_by_head(x_TNK, packed, outputs, chunk), want)
 
-        return next(filter(has_the_bits, (1024, 512, inputs)), None)
+        return packed_bf16.find_chunk(inputs, has_the_bits)
